@@ -1,0 +1,64 @@
+"""Manifest and tensors to the native file and back, and the digest that names it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors.torch import save
+
+from prefix_store.errors import InvalidPrefix
+from prefix_store.prefix import PrefixManifest
+from prefix_store.safetensors_file import MAX_HEADER, Header, read_header, read_tensors, strict_json
+from prefix_store.tensors import PAYLOADS, PrefixTensors, payload_shape, validate
+
+METADATA_KEY = "antefix"
+
+
+def encode(manifest: PrefixManifest, tensors: PrefixTensors) -> bytes:
+    """The native file; equal content gives equal bytes. Raises InvalidPrefix for what `decode` would refuse."""
+    text = json.dumps(manifest.to_json(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    PrefixManifest.from_json(strict_json(text, "manifest"))
+    validate(manifest, tensors)
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = save(plain, {METADATA_KEY: text})
+    length = int.from_bytes(data[:8], "little")
+    if length > MAX_HEADER:
+        raise InvalidPrefix(f"manifest: expected at most {MAX_HEADER} bytes with its template, got {length}")
+    return data
+
+
+def decode(path: Path) -> tuple[PrefixManifest, PrefixTensors]:
+    """Reads a native file from anyone. The tensors own their memory. Raises InvalidPrefix for every flaw."""
+    header = read_header(path)
+    if set(header.metadata) != {METADATA_KEY}:
+        raise InvalidPrefix(
+            f"__metadata__: expected the single key {METADATA_KEY!r}, got {_some(header.metadata)}", param="file"
+        )
+    manifest = PrefixManifest.from_json(strict_json(header.metadata[METADATA_KEY], "manifest"))
+    _check_declared(header, manifest)
+    tensors = read_tensors(path)
+    validate(manifest, tensors)
+    return manifest, tensors
+
+
+def digest_of(source: bytes | Path) -> str:
+    """sha256 in hex of a native file, given as its bytes or its path."""
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    with source.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_declared(header: Header, manifest: PrefixManifest) -> None:
+    name, expected = PAYLOADS[manifest.method], payload_shape(manifest)
+    if set(header.shapes) != {name}:
+        raise InvalidPrefix(f"expected the tensor {name!r}, got {_some(header.shapes)}", param="file")
+    if header.shapes[name] != expected:
+        raise InvalidPrefix(f"{name}: expected shape {list(expected)}, got {list(header.shapes[name])}", param="file")
+
+
+def _some(names: Iterable[str]) -> list[str]:
+    return sorted(name[:40] for name in names)[:8]

@@ -1,0 +1,151 @@
+"""Every error this project raises on purpose.
+
+AntefixError
+├── InvalidRequest               what the caller sent cannot be served as it stands
+│   ├── InvalidName              not a legal prefix or tenant name
+│   ├── InvalidPrefix            a prefix file that is damaged, unsafe or not what it claims
+│   │   └── PrefixMismatch       a sound prefix that does not fit this model
+│   ├── ContextLengthExceeded    prefix + prompt + max_tokens over the model's context
+│   └── InvalidTrainingData      examples that cannot be trained on
+├── PayloadTooLarge              over a size cap
+├── NotFound                     unknown, or another tenant's: never told apart
+│   ├── PrefixNotFound
+│   └── JobNotFound
+├── Unauthorized                 no key, or not a valid one
+├── Forbidden                    a valid key without the needed scope
+├── Conflict                     not in this state
+├── LeaseLost                    this worker no longer owns the job
+├── Overloaded                   the queue is full; try again later
+├── StoreUnavailable             the store cannot be reached
+├── StoreCorrupt                 stored bytes do not match their digest
+├── ModelUnsupported             a model that cannot be served right
+└── GenerationFailed             the engine could not finish a request
+"""
+
+from __future__ import annotations
+
+
+class AntefixError(Exception):
+    """Base of the tree. `code` is stable for clients; `param` names the offending field, if one does."""
+
+    code = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidRequest(AntefixError):
+    """What the caller sent cannot be served as it stands."""
+
+    code = "invalid_request"
+
+
+class InvalidName(InvalidRequest):
+    """Not a legal prefix or tenant name."""
+
+    code = "invalid_name"
+
+
+class InvalidPrefix(InvalidRequest):
+    """A prefix file that is damaged, unsafe or not what it claims."""
+
+    code = "invalid_prefix"
+
+
+class PrefixMismatch(InvalidPrefix):
+    """A sound prefix that does not fit this model."""
+
+    code = "prefix_mismatch"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Prefix, prompt and max_tokens together exceed the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class InvalidTrainingData(InvalidRequest):
+    """Examples that cannot be trained on; the message names the line."""
+
+    code = "invalid_training_file"
+
+
+class PayloadTooLarge(AntefixError):
+    """Over a size cap."""
+
+    code = "payload_too_large"
+
+
+class NotFound(AntefixError):
+    """Unknown, or another tenant's: the two are never told apart."""
+
+    code = "not_found"
+
+
+class PrefixNotFound(NotFound):
+    """No such prefix for this tenant."""
+
+    code = "prefix_not_found"
+
+
+class JobNotFound(NotFound):
+    """No such job for this tenant."""
+
+    code = "job_not_found"
+
+
+class Unauthorized(AntefixError):
+    """No API key, or not a valid one."""
+
+    code = "invalid_api_key"
+
+
+class Forbidden(AntefixError):
+    """A valid API key without the needed scope."""
+
+    code = "insufficient_scope"
+
+
+class Conflict(AntefixError):
+    """The object is not in a state that allows this."""
+
+    code = "conflict"
+
+
+class LeaseLost(AntefixError):
+    """This worker no longer owns the job and must write nothing more."""
+
+    code = "lease_lost"
+
+
+class Overloaded(AntefixError):
+    """The waiting queue is full; try again after `retry_after` seconds."""
+
+    code = "overloaded"
+    retry_after = 1
+
+
+class StoreUnavailable(AntefixError):
+    """The store cannot be reached."""
+
+    code = "store_unavailable"
+
+
+class StoreCorrupt(AntefixError):
+    """Stored bytes do not match their digest."""
+
+    code = "store_corrupt"
+
+
+class ModelUnsupported(AntefixError):
+    """A model that cannot be served right; the message says why."""
+
+    code = "model_unsupported"
+
+
+class GenerationFailed(AntefixError):
+    """The engine could not finish a request; trying again is safe."""
+
+    code = "generation_failed"

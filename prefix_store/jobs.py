@@ -1,0 +1,149 @@
+"""What has been asked of the trainer: specifications, jobs and their legal transitions."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from prefix_store.errors import InvalidRequest
+from prefix_store.prefix import Method
+
+
+class JobStatus(StrEnum):
+    """Where a job stands."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    PAUSED = "paused"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        """True once nothing can change any more."""
+        return not TRANSITIONS[self]
+
+
+TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
+    JobStatus.QUEUED: frozenset({JobStatus.RUNNING, JobStatus.PAUSED, JobStatus.CANCELLED}),
+    # running -> queued: handed back by a worker that stops, or taken back after its lease has lapsed
+    JobStatus.RUNNING: frozenset(
+        {JobStatus.QUEUED, JobStatus.PAUSED, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED}
+    ),
+    JobStatus.PAUSED: frozenset({JobStatus.QUEUED, JobStatus.CANCELLED}),
+    JobStatus.SUCCEEDED: frozenset(),
+    JobStatus.FAILED: frozenset(),
+    JobStatus.CANCELLED: frozenset(),
+}
+MAX_ATTEMPTS = 3
+
+
+class Objective(StrEnum):
+    """What a job minimises."""
+
+    LM = "lm"
+    DISTIL = "distil"
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """What to train. `data_digest` names the examples' blob (JSONL of prompt and completion).
+
+    `steps` optimiser steps of `batch_size` examples; an example longer than `max_length` tokens loses its
+    prompt's beginning first.
+    """
+
+    data_digest: str
+    examples: int
+    method: Method = Method.PREFIX
+    objective: Objective = Objective.LM
+    virtual_tokens: int = 16
+    steps: int = 200
+    batch_size: int = 8
+    learning_rate: float = 0.02
+    max_length: int = 256
+    init_text: str | None = None
+    seed: int = 0
+
+    # inclusive bounds of every number a user may set
+    LIMITS = {  # noqa: RUF012  (a constant table, not a field)
+        "virtual_tokens": (1, 4096),
+        "steps": (1, 100_000),
+        "batch_size": (1, 256),
+        "learning_rate": (1e-7, 10.0),
+        "max_length": (2, 32_768),
+        "seed": (0, 2**63 - 1),
+    }
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in self.LIMITS.items():
+            value = getattr(self, name)
+            whole = isinstance(low, int)
+            # not isinstance: True is no number here
+            if type(value) not in ((int,) if whole else (int, float)) or not low <= value <= high:
+                kind = "a whole number" if whole else "a number"
+                raise InvalidRequest(f"{name} must be {kind} from {low} to {high}, got {str(value)[:40]}", param=name)
+        if not isinstance(self.init_text, str | None):
+            raise InvalidRequest("init_text must be a text", param="init_text")
+        if self.examples < 1:
+            raise InvalidRequest("training needs at least one example", param="examples")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON, as the backends keep it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> TrainingSpec:
+        """Reads `to_json`'s object."""
+        return cls(**{**data, "method": Method(data["method"]), "objective": Objective(data["objective"])})
+
+
+@dataclass(frozen=True)
+class JobError:
+    """Why a job failed: a stable code and a sentence."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """One job as the store knows it. `fence` grows with every claim; a write with an older fence is refused."""
+
+    id: str
+    tenant: str
+    name: str
+    spec: TrainingSpec
+    status: JobStatus
+    created_at: float
+    attempt: int = 0
+    fence: int = 0
+    worker: str | None = None
+    lease_until: float | None = None
+    cancel_requested: bool = False
+    started_at: float | None = None
+    finished_at: float | None = None
+    version: int | None = None
+    error: JobError | None = None
+    progress: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class JobEvent:
+    """One line of a job's history, numbered from 1 within the job. `kind` is `message` or `metrics`."""
+
+    job_id: str
+    sequence: int
+    created_at: float
+    kind: str
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """What a heartbeat tells the worker."""
+
+    cancel_requested: bool

@@ -1,0 +1,1 @@
+"""What a prefix means to a frozen model: loading, prompts, and the differentiable reference."""

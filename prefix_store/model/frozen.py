@@ -1,0 +1,142 @@
+"""The one base model of a process: loaded, frozen, measured."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from prefix_store.errors import ModelUnsupported
+from prefix_store.geometry import ModelGeometry
+
+BUNDLED = Path(__file__).parent.parent / "bundled" / "model"
+BUNDLED_NAME = "antefix-demo"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# These rotate every row of a packed batch by the longest row's length, so a row would depend on its neighbours.
+BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+_WEIGHTS = (".safetensors", ".bin")
+
+
+@dataclass(frozen=True)
+class FrozenModel:
+    """A language model in eval mode whose parameters need no gradient.
+
+    `context_length` is in tokens, virtual tokens included. `digest` is the `base_digest` of prefixes made from it.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    geometry: ModelGeometry
+    digest: str
+    name: str
+    context_length: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are."""
+        return self.model.dtype
+
+
+def load(source: str | Path, *, device: str = "cpu", dtype: str = "float32", name: str | None = None) -> FrozenModel:
+    """Loads a hub id or a folder with eager attention. Raises ModelUnsupported with the reason."""
+    folder = _folder(source)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        _check_config(config)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], attn_implementation="eager")
+    except ModelUnsupported:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelUnsupported(f"cannot load the model {str(source)!r}: {error}") from error
+    label = name or (BUNDLED_NAME if folder == BUNDLED else Path(str(source)).name)
+    return freeze(model.to(device), tokenizer, digest=digest_of(folder), name=label)
+
+
+def freeze(model: PreTrainedModel, tokenizer: Any, *, digest: str, name: str) -> FrozenModel:
+    """Wraps a model made elsewhere; its parameters stop needing gradients."""
+    model.eval().requires_grad_(False)
+    # GPT-2 warns about padding by looking for the pad id in every batch, which costs a device sync a step
+    model.config.pad_token_id = None
+    return FrozenModel(model, tokenizer, measure(model), digest, name, context_length(model.config))
+
+
+def measure(model: PreTrainedModel) -> ModelGeometry:
+    """Reads the geometry off a two-token prefill: configs name these numbers in a dozen ways, the cache in one."""
+    probe = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    with torch.inference_mode():
+        cache = getattr(model(probe, use_cache=True), "past_key_values", None)
+    if not getattr(cache, "layers", None):
+        raise ModelUnsupported(f"{model.config.model_type}: the model keeps no keys and values a prefix could join")
+    shapes = {(layer.keys.shape, layer.values.shape) for layer in cache.layers}
+    if len(shapes) != 1 or len({shape for pair in shapes for shape in pair}) != 1:
+        raise ModelUnsupported("layers with unequal key and value shapes cannot be served yet")
+    _, kv_heads, _, head_dim = cache.layers[0].keys.shape
+    config = model.config.get_text_config()
+    if len(cache.layers) != config.num_hidden_layers:
+        raise ModelUnsupported("layers that share keys and values cannot be served yet")
+    return ModelGeometry(
+        family=config.model_type,
+        layers=len(cache.layers),
+        query_heads=config.num_attention_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        hidden_size=config.hidden_size,
+    )
+
+
+def context_length(config: Any) -> int:
+    """Positions the model was made for, virtual tokens included."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        raise ModelUnsupported(f"{config.model_type}: the model's config names no max_position_embeddings")
+    return int(positions)
+
+
+def digest_of(folder: Path) -> str:
+    """sha256 over the names and bytes of the config and weight files, in name order."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.name == "config.json" or path.suffix in _WEIGHTS:
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{path.name}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+def _folder(source: str | Path) -> Path:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.is_absolute() or str(source).startswith((".", "~")):
+        raise ModelUnsupported(f"ANTEFIX_MODEL={source}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except Exception as error:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise ModelUnsupported(
+            f"{str(source)!r} is neither a folder nor a hub model that can be fetched{offline}: {error}"
+        ) from error
+
+
+def _check_config(config: Any) -> None:
+    if config.is_encoder_decoder:
+        raise ModelUnsupported(f"{config.model_type}: encoder-decoder models cannot be served yet")
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    for parameters in nested:
+        kind = parameters.get("rope_type")
+        if kind in BATCH_DEPENDENT_ROPE:
+            raise ModelUnsupported(f"rope_type {kind!r} makes a row's positions depend on its neighbours in the batch")

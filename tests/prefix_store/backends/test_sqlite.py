@@ -1,0 +1,108 @@
+"""What is SQLite's own; the verbs are tested in test_base.py."""
+
+import sqlite3
+import threading
+
+import pytest
+
+from prefix_store.backends import sqlite_file
+from prefix_store.backends.sqlite import SqliteBackend
+from prefix_store.errors import StoreUnavailable
+
+
+def test_files_are_for_their_owner_only(tmp_path):
+    folder = tmp_path / "deep" / "store"
+    backend = SqliteBackend(folder / "store.db")
+    backend.ping()
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in folder.iterdir()}
+    backend.close()
+    assert oct(folder.stat().st_mode & 0o777) == "0o700"
+    assert modes == dict.fromkeys(["store.db", "store.db-wal", "store.db-shm"], "0o600")
+
+
+def test_commits_survive_the_power_going(tmp_path):
+    backend = SqliteBackend(tmp_path / "store.db")
+    with backend._file.read() as connection:
+        assert connection.execute("PRAGMA synchronous").fetchone()[0] == 2
+        assert connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+        assert connection.execute("PRAGMA busy_timeout").fetchone()[0] == 10_000
+    backend.close()
+
+
+def test_a_newer_schema_is_refused(tmp_path):
+    SqliteBackend(tmp_path / "store.db").close()
+    with sqlite3.connect(tmp_path / "store.db") as connection:
+        connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(StoreUnavailable, match="newer antefix: its schema is 99, this one knows 1"):
+        SqliteBackend(tmp_path / "store.db")
+
+
+def test_a_file_system_without_wal_is_refused(tmp_path, monkeypatch):
+    connect = sqlite3.connect
+
+    def without_shared_memory(address, **options):
+        return connect(f"{address}&vfs=unix-none", **options)
+
+    monkeypatch.setattr(sqlite3, "connect", without_shared_memory)
+    with pytest.raises(StoreUnavailable, match="instead of 'wal'"):
+        SqliteBackend(tmp_path / "store.db")
+
+
+def test_what_is_no_database_is_refused(tmp_path):
+    (tmp_path / "store.db").write_bytes(b"no database" * 100)
+    with pytest.raises(StoreUnavailable, match="not a database"):
+        SqliteBackend(tmp_path / "store.db")
+
+
+def test_a_folder_is_refused(tmp_path):
+    with pytest.raises(StoreUnavailable, match="cannot create"):
+        SqliteBackend(tmp_path)
+
+
+def test_a_file_removed_under_us_is_an_error(tmp_path):
+    backend = SqliteBackend(tmp_path / "store.db")
+    for path in tmp_path.iterdir():
+        path.unlink()
+    # two transactions at once need a second connection
+    with backend._file.read(), pytest.raises(StoreUnavailable, match="cannot open"):
+        backend.ping()
+    backend.close()
+
+
+def test_a_writer_that_waits_too_long_gives_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(sqlite_file, "BUSY_SECONDS", 0.05)
+    backend = SqliteBackend(tmp_path / "store.db")
+    other = sqlite3.connect(tmp_path / "store.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StoreUnavailable, match="locked"):
+        backend.remove_key("abcdefgh")
+    backend.ping()  # readers do not wait
+    other.execute("ROLLBACK")
+    other.close()
+    assert not backend.remove_key("abcdefgh")
+    backend.close()
+
+
+def test_a_transaction_that_fails_leaves_nothing(tmp_path):
+    backend = SqliteBackend(tmp_path / "store.db")
+
+    def fail():
+        with backend._file.write() as connection:
+            connection.execute("INSERT INTO names VALUES ('acme', 'support', 1)")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert not backend.ever_published("acme", "support")
+    backend.close()
+
+
+def test_connections_do_not_grow_with_threads(tmp_path):
+    backend = SqliteBackend(tmp_path / "store.db")
+    for _ in range(5):
+        thread = threading.Thread(target=backend.ping)
+        thread.start()
+        thread.join()
+    assert len(backend._file._idle) == 1
+    backend.close()

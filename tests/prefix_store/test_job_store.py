@@ -1,0 +1,115 @@
+import re
+
+import pytest
+
+from prefix_store.errors import InvalidName, InvalidRequest, InvalidTrainingData, StoreCorrupt
+from prefix_store.jobs import JobStatus, Objective, TrainingSpec
+from prefix_store.prefix import Method
+from prefix_store.store import Store
+
+EXAMPLES = [
+    {"prompt": "Grüße\u2028", "completion": "two\nlines"},
+    {"completion": " ", "prompt": ""},
+]
+
+
+@pytest.fixture
+def store(tmp_path):
+    opened = Store.open(f"sqlite:///{tmp_path}/store.db")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def jobs(store):
+    return store.jobs
+
+
+def test_submitting_queues_a_job(jobs):
+    job = jobs.submit("acme", "support", EXAMPLES, {"steps": 7, "method": "prompt", "objective": "distil"})
+    assert re.fullmatch(r"ftjob-[A-Za-z0-9]{24}", job.id)
+    assert job == jobs.job("acme", job.id)
+    assert (job.status, job.tenant, job.name) == (JobStatus.QUEUED, "acme", "support")
+    assert job.spec == TrainingSpec(job.spec.data_digest, 2, Method.PROMPT, Objective.DISTIL, steps=7)
+
+
+def test_examples_come_back_as_they_were(jobs):
+    assert jobs.examples(jobs.submit("acme", "support", EXAMPLES, {})) == EXAMPLES
+
+
+def test_equal_examples_are_kept_once(jobs):
+    first = jobs.submit("acme", "support", EXAMPLES, {})
+    reordered = [dict(reversed(example.items())) for example in EXAMPLES]
+    second = jobs.submit("acme", "support", reordered, {})
+    assert first.spec.data_digest == second.spec.data_digest
+    assert first.id != second.id
+
+
+def test_damaged_examples_are_noticed(jobs, tmp_path):
+    job = jobs.submit("acme", "support", EXAMPLES, {})
+    digest = job.spec.data_digest
+    (tmp_path / "blobs" / "sha256" / digest[:2] / digest).write_bytes(b"{}\n")
+    with pytest.raises(StoreCorrupt):
+        jobs.examples(job)
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({"prompt": "a", "completion": ""}, "line 2: the completion is empty"),
+        ({"prompt": "a"}, "line 2: expected the texts"),
+        ({"completion": "a"}, "line 2: expected the texts"),
+        ({"prompt": "a", "completion": "b", "weight": "1"}, "line 2: expected the texts"),
+        ({"prompt": None, "completion": "b"}, "line 2: expected the texts"),
+        ({"prompt": "\ud800", "completion": "b"}, "line 2: not valid Unicode"),
+    ],
+)
+def test_bad_examples_are_refused_by_line(jobs, example, message):
+    with pytest.raises(InvalidTrainingData, match=message):
+        jobs.submit("acme", "support", [EXAMPLES[0], example], {})
+    assert jobs.jobs("acme", None, 10) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"stepz": 1}, "stepz"),
+        ({"data_digest": "a"}, "data_digest"),
+        ({"examples": 9}, "examples"),
+        ({"steps": 0}, "steps"),
+        ({"steps": "many"}, "steps"),
+        ({"method": "lora"}, "method"),
+        ({"method": ["prefix"]}, "method"),
+        ({"objective": "win"}, "objective"),
+        ({"init_text": 1}, "init_text"),
+    ],
+)
+def test_bad_options_are_refused_by_name(jobs, options, field):
+    with pytest.raises(InvalidRequest) as caught:
+        jobs.submit("acme", "support", EXAMPLES, options)
+    assert caught.value.param == field
+    assert field in caught.value.message
+
+
+def test_no_examples_are_refused(jobs):
+    with pytest.raises(InvalidRequest, match="at least one example"):
+        jobs.submit("acme", "support", [], {})
+
+
+@pytest.mark.parametrize(("tenant", "name"), [("acme", "Support"), ("A", "support")])
+def test_illegal_names_are_refused(jobs, tenant, name):
+    with pytest.raises(InvalidName):
+        jobs.submit(tenant, name, EXAMPLES, {})
+
+
+def test_a_job_runs_through_the_backends_verbs(jobs):
+    submitted = jobs.submit("acme", "support", EXAMPLES, {})
+    job = jobs.claim("w", 60.0)
+    assert job.id == submitted.id
+    jobs.add_event(job, "message", {"message": "started"})
+    assert not jobs.heartbeat(job, 60.0, {"step": 1}).cancel_requested
+    jobs.request_cancel("acme", job.id)
+    assert jobs.finish(job, JobStatus.CANCELLED, None).status is JobStatus.CANCELLED
+    assert [event.kind for event in jobs.events("acme", job.id, 0, 10)] == ["message"]
+    assert [listed.id for listed in jobs.jobs("acme", None, 10)] == [job.id]
+    assert jobs.job_counts()[JobStatus.CANCELLED] == 1

@@ -1,0 +1,72 @@
+import dataclasses
+
+import pytest
+import torch
+
+from prefix_store.errors import InvalidPrefix, PrefixMismatch
+from prefix_store.prefix import Method
+from prefix_store.tensors import LARGEST, check_fits, payload_shape, validate
+from tests.prefix_store.samples import GEOMETRY, manifest, tensors
+
+
+@pytest.mark.parametrize(
+    ("method", "shape"),
+    [
+        (Method.PREFIX, (2, 2, 2, 5, 3)),
+        (Method.TEXT, (2, 2, 2, 5, 3)),
+        (Method.PROMPT, (5, 12)),
+        (Method.PREFIX_PLUS, (2, 4, 3, 3)),
+    ],
+)
+def test_payload_shapes(method, shape):
+    assert payload_shape(manifest(method)) == shape
+
+
+@pytest.mark.parametrize("method", Method)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_sound_tensors_pass(method, dtype):
+    validate(manifest(method), tensors(manifest(method), dtype=dtype))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 2 * LARGEST, -2 * LARGEST])
+def test_one_bad_value_anywhere_is_refused(value):
+    bad = tensors(manifest())
+    bad["self.kv"][-1, -1, -1, -1, -1] = value
+    with pytest.raises(InvalidPrefix, match="finite"):
+        validate(manifest(), bad)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({}, "expected the tensor 'self.kv', got \\[\\]"),
+        ({"memory": torch.zeros(1)}, "got \\['memory'\\]"),
+        ({"self.kv": torch.zeros(2, 2, 2, 5, 3), "more": torch.zeros(1)}, "more"),
+        ({"self.kv": torch.zeros(2, 2, 2, 3, 5)}, "expected shape \\[2, 2, 2, 5, 3\\], got \\[2, 2, 2, 3, 5\\]"),
+        ({"self.kv": torch.zeros(2, 2, 2, 5, 3, dtype=torch.float64)}, "float64"),
+    ],
+)
+def test_validate_says_what_was_expected_and_what_came(bad, message):
+    with pytest.raises(InvalidPrefix, match=message):
+        validate(manifest(), bad)
+
+
+def test_a_prefix_of_the_same_model_fits():
+    check_fits(manifest(base_digest="a" * 64), GEOMETRY, "a" * 64, context_length=7)
+    check_fits(manifest(), GEOMETRY, "a" * 64, context_length=7)
+
+
+def test_another_geometry_does_not_fit():
+    other = dataclasses.replace(GEOMETRY, layers=3)
+    with pytest.raises(PrefixMismatch, match="layers: expected 3, got 2"):
+        check_fits(manifest(), other, "a" * 64, context_length=100)
+
+
+def test_another_base_model_does_not_fit():
+    with pytest.raises(PrefixMismatch, match="base_digest"):
+        check_fits(manifest(base_digest="b" * 64), GEOMETRY, "a" * 64, context_length=100)
+
+
+def test_a_prefix_must_leave_room_for_a_prompt_and_a_token():
+    with pytest.raises(PrefixMismatch, match="no room"):
+        check_fits(manifest(), GEOMETRY, "a" * 64, context_length=6)
