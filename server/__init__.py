@@ -1,0 +1,1 @@
+"""HTTP -> scheduler -> engine: mixed-prefix generation over one frozen model."""

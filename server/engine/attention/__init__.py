@@ -1,0 +1,118 @@
+"""Attention of a packed step over the KV pool: the table of backends, and the operator that hides them.
+
+transformers calls `attention` once a layer under the name `antefix`. It unpacks the step into tensors and integers and
+calls one `torch.library` operator, which stays opaque to compilers. No mask function is registered under that name, so
+transformers builds no mask; the work list says who sees what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from prefix_store.errors import ModelUnsupported
+from server.engine.attention import cpu, plain, segments
+from server.engine.attention.work import Mask, Part, WorkItem
+from server.engine.kv_pool import KVPool
+
+NAME = "antefix"
+BACKENDS = {
+    "cpu": partial(segments.attend, cpu.attend_item),
+    "plain": partial(segments.attend, plain.attend_item),
+}
+# What transformers passes along that has no bearing here: the packed step carries positions, masks and caches itself.
+_IGNORED = frozenset({"dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "is_causal"})
+_NO_WINDOW = 0
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a step's attention needs; rides through the model as the keyword argument `antefix`.
+
+    `slots` `[T]`: where each packed token's key and value go. `work`: one `[n, 8]` integer tensor for each sliding
+    window in the model, 0 standing for none.
+    """
+
+    pool: KVPool
+    slots: torch.Tensor
+    work: Mapping[int, torch.Tensor]
+    backend: str
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    antefix: StepContext,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention face: query `[1, Hq, T, D]`, key and value `[1, Hkv, T, D]`, after RoPE, not repeated.
+
+    Raises ModelUnsupported on anything that would change the result and that is not understood here.
+    """
+    if attention_mask is not None:
+        raise ModelUnsupported("the model insists on an attention mask of its own")
+    strange = sorted(key for key, value in others.items() if key not in _IGNORED and value is not None and value is not False)
+    if strange:
+        raise ModelUnsupported(f"the model's attention uses {', '.join(strange)}, which cannot be served yet")
+    window = sliding_window or _NO_WINDOW
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    output = torch.ops.antefix.attend(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        antefix.pool.keys[layer],
+        antefix.pool.values[layer],
+        antefix.slots,
+        antefix.work[window],
+        window,
+        scaling,
+        softcap or 0.0,
+        antefix.backend,
+    )
+    return output[None], None
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    work: torch.Tensor,
+    window: int,
+    scale: float,
+    softcap: float,
+    backend: str,
+) -> torch.Tensor:
+    """Writes the step's keys and values into the pool, then attends; `[T, Hq, D]`."""
+    keys.index_copy_(0, slots, key.to(keys.dtype))
+    values.index_copy_(0, slots, value.to(values.dtype))
+    items = [WorkItem(Part(line[0]), Mask(line[1]), *line[2:]) for line in work.tolist()]
+    return BACKENDS[backend](query, keys, values, items, window=window, scale=scale, softcap=softcap)
+
+
+def _attend_shape(query: torch.Tensor, *_: Any) -> torch.Tensor:
+    return query.new_empty(query.shape)
+
+
+_library = torch.library.Library("antefix", "DEF")
+_library.define(
+    "attend(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor work, "
+    "int window, float scale, float softcap, str backend) -> Tensor"
+)
+_library.impl("attend", _attend, "CompositeExplicitAutograd")
+torch.library.register_fake("antefix::attend", _attend_shape, lib=_library)
+AttentionInterface.register(NAME, attention)

@@ -1,0 +1,63 @@
+"""Runs a list of work items one by one and merges each row's two segments by log-sum-exp."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from server.engine.attention.work import Part, WorkItem
+
+
+class AttendItem(Protocol):
+    """A backend that takes the work item by item; see `plain.attend_item`."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        item: WorkItem,
+        *,
+        window: int,
+        scale: float,
+        softcap: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output `[n, Hq, D]` and log-sum-exp `[n, Hq]`."""
+
+
+def attend(
+    attend_item: AttendItem,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    work: list[WorkItem],
+    *,
+    window: int,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    """Attention of packed queries `[T, Hq, D]` over one layer's pool `[S, Hkv, D]`; returns `[T, Hq, D]`."""
+    output = torch.empty_like(query)
+    lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+    # Rows without a prefix keep zeros and minus infinity here, so that merging leaves them as they are.
+    prefix_output, prefix_lse = torch.zeros_like(query), torch.full_like(lse, -torch.inf)
+    targets = {Part.OWN: (output, lse), Part.PREFIX: (prefix_output, prefix_lse)}
+    for item in work:
+        rows, slots = slice(item.q_lo, item.q_hi), slice(item.kv_lo, item.kv_hi)
+        partial, total = attend_item(
+            query[rows], keys[slots], values[slots], item, window=window, scale=scale, softcap=softcap
+        )
+        into_output, into_lse = targets[item.part]
+        into_output[rows] = partial
+        into_lse[rows] = total
+    return merge(output, lse, prefix_output, prefix_lse)
+
+
+def merge(output: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> torch.Tensor:
+    """Attention over two disjoint sets of keys from attention over each.
+
+    `(e^a o + e^b p) / (e^a + e^b) = o + sigmoid(b - a) (p - o)`: exact, and stable for any a and b with a finite.
+    """
+    weight = torch.sigmoid(other_lse - lse).to(output.dtype)[..., None]
+    return torch.lerp(output, other, weight)

@@ -1,0 +1,79 @@
+"""One step: plan, run, commit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from prefix_store.model.frozen import FrozenModel
+from server.engine import self_test
+from server.engine.batch import build
+from server.engine.kv_pool import KVPool, bytes_per_slot
+from server.engine.model_runner import ModelRunner
+from server.engine.sampler import sample
+from server.scheduler.messages import TokenEvent
+from server.scheduler.plan import RowResult, StepPlan
+from server.scheduler.scheduler import Limits, Scheduler
+
+
+class Engine:
+    """The scheduler and the device behind it. One thread runs steps; see `EngineLoop`.
+
+    Takes the model over: its attention is bound to the pool, after a self-test that raises ModelUnsupported.
+    """
+
+    def __init__(
+        self,
+        frozen: FrozenModel,
+        limits: Limits,
+        *,
+        backend: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.frozen = frozen
+        self.limits = limits
+        self.scheduler = Scheduler(limits, eos_ids(frozen), clock)
+        self.pool = KVPool(frozen.geometry, limits.slots, dtype=frozen.dtype, device=frozen.device)
+        truths = self_test.plain_truths(frozen)
+        self.runner = ModelRunner(frozen, self.pool, backend or default_backend(frozen.device))
+        self_test.check(self.runner, truths)
+
+    def step(self) -> list[TokenEvent]:
+        """One whole step; no events when there was nothing to run."""
+        expired = self.scheduler.expire()
+        plan = self.scheduler.schedule()
+        return expired + self.scheduler.commit(plan, self.run(plan))
+
+    def run(self, plan: StepPlan) -> list[RowResult]:
+        """Carries out a plan on the device; one result for each of its rows."""
+        for transfer in plan.transfers:
+            self.pool.apply(transfer)
+        if not plan.rows:
+            return []
+        batch = build(plan, self.runner.windows, self.frozen.device)
+        return sample(self.runner.run(batch), batch.selections)
+
+
+def default_backend(device: torch.device) -> str:
+    """The attention backend for a kind of device."""
+    return "cpu" if device.type == "cpu" else "plain"
+
+
+def eos_ids(frozen: FrozenModel) -> frozenset[int]:
+    """Every token that ends a text, by the model's generation config and by its tokenizer."""
+    configured = getattr(frozen.model.generation_config, "eos_token_id", None)
+    several = configured if isinstance(configured, list) else [configured]
+    tokenizer_eos = getattr(frozen.tokenizer, "eos_token_id", None)
+    return frozenset(token for token in [*several, tokenizer_eos] if token is not None)
+
+
+def choose_slots(frozen: FrozenModel, rows: int, budget_bytes: int) -> int:
+    """KV slots for `rows` full contexts and as much again for prefixes, within a memory budget.
+
+    Never below one context, without which the longest legal request could not run.
+    """
+    wanted = 2 * rows * frozen.context_length
+    affordable = budget_bytes // bytes_per_slot(frozen.geometry, frozen.dtype)
+    return max(frozen.context_length, min(wanted, affordable))

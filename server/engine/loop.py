@@ -1,0 +1,154 @@
+"""The one thread that owns the device. It does no I/O: requests come in checked, events go out by callback."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from prefix_store.errors import GenerationFailed
+from server.engine.engine import Engine
+from server.scheduler.messages import FinishReason, GenerationRequest, TokenEvent
+from server.scheduler.plan import StepPlan
+
+EventSink = Callable[[TokenEvent], None]
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot for metrics. Counters only grow; `distinct_prefixes` is of the last step."""
+
+    running: int
+    waiting: int
+    kv_slots: int
+    kv_slots_used: int
+    prefixes_resident: int
+    distinct_prefixes: int
+    steps: int
+    prompt_tokens: int
+    generated_tokens: int
+    prefix_hits: int
+    prefix_misses: int
+    prefix_evictions: int
+    preemptions: int
+
+
+class EngineLoop:
+    """Runs steps while there is work. Every method may be called from any thread.
+
+    The lock guards the scheduler and is free while the model runs, so submitting and aborting never wait for a step.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._scheduler = engine.scheduler
+        self._changed = threading.Condition()
+        self._sinks: dict[str, EventSink] = {}
+        self._aborted: list[str] = []
+        self._stopping = False
+        self._steps = self._prompt_tokens = self._generated_tokens = self._distinct_prefixes = 0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def submit(self, request: GenerationRequest, on_event: EventSink) -> None:
+        """Queues a request under its id, which must be new.
+
+        `on_event` is called on the engine's thread and must not block; nothing comes after an event with a finish
+        reason. Raises Overloaded, ContextLengthExceeded or InvalidRequest at once.
+        """
+        seed = request.params.seed if request.params.seed is not None else secrets.randbits(63)
+        with self._changed:
+            if self._stopping:
+                raise GenerationFailed("the server is shutting down; try again on another one or later")
+            self._scheduler.add(request, seed)
+            self._sinks[request.id] = on_event
+            self._changed.notify()
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request before the next step. Unknown and ended ids are ignored."""
+        with self._changed:
+            self._aborted.append(request_id)
+            self._changed.notify()
+
+    def stats(self) -> EngineStats:
+        """A consistent snapshot."""
+        with self._changed:
+            scheduler, residency = self._scheduler, self._scheduler.residency
+            return EngineStats(
+                running=len(scheduler.running),
+                waiting=len(scheduler.waiting),
+                kv_slots=scheduler.slots.total,
+                kv_slots_used=scheduler.slots.used,
+                prefixes_resident=len(residency),
+                distinct_prefixes=self._distinct_prefixes,
+                steps=self._steps,
+                prompt_tokens=self._prompt_tokens,
+                generated_tokens=self._generated_tokens,
+                prefix_hits=residency.hits,
+                prefix_misses=residency.misses,
+                prefix_evictions=residency.evictions,
+                preemptions=scheduler.preemptions,
+            )
+
+    def stop(self, error: str = "the server is shutting down; try again on another one or later") -> None:
+        """Ends every request with that error and the thread after its current step."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+        with self._changed:
+            events = self._scheduler.fail_all(error)
+        self._deliver(events)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(self._has_work)
+                if self._stopping:
+                    return
+                events = self._end_early()
+                plan = self._scheduler.schedule()
+            self._deliver(events + self._step(plan))
+
+    def _has_work(self) -> bool:
+        return bool(self._stopping or self._aborted or self._scheduler.running or self._scheduler.waiting)
+
+    def _end_early(self) -> list[TokenEvent]:
+        """Aborts and deadlines, taken between steps only: a running step reads the slots that this frees."""
+        aborted = [self._scheduler.abort(request_id, FinishReason.ABORT) for request_id in self._aborted]
+        self._aborted.clear()
+        return [event for event in aborted if event is not None] + self._scheduler.expire()
+
+    def _step(self, plan: StepPlan) -> list[TokenEvent]:
+        try:
+            results = self._engine.run(plan)
+        except Exception as error:
+            # Whatever it was, these rows cannot go on: their keys and values may be half written.
+            _log.exception("a step failed")
+            with self._changed:
+                return self._scheduler.fail_running(f"the engine failed: {type(error).__name__}")
+        with self._changed:
+            self._count(plan)
+            return self._scheduler.commit(plan, results)
+
+    def _count(self, plan: StepPlan) -> None:
+        self._steps += 1
+        self._generated_tokens += sum(row.samples for row in plan.rows)
+        self._prompt_tokens += sum(row.count for row in plan.rows if row.start < row.sequence.prompt_length)
+        prefixes = {r.sequence.request.prefix.digest for r in plan.rows if r.sequence.request.prefix is not None}
+        self._distinct_prefixes = len(prefixes)
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            sink = self._sinks.get(event.request_id)
+            if event.finish_reason is not None:
+                self._sinks.pop(event.request_id, None)
+            if sink is not None:
+                sink(event)

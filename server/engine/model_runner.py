@@ -1,0 +1,59 @@
+"""The frozen model, bound to packed steps over the KV pool."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from prefix_store.errors import ModelUnsupported
+from prefix_store.model.frozen import FrozenModel
+from server.engine import attention
+from server.engine.attention import StepContext
+from server.engine.batch import Batch
+from server.engine.kv_pool import KVPool
+
+
+class ModelRunner:
+    """Runs the unmodified `forward` of a transformers model on packed tokens, with attention over the pool."""
+
+    def __init__(self, frozen: FrozenModel, pool: KVPool, backend: str) -> None:
+        self.frozen = frozen
+        self.pool = pool
+        self.backend = backend
+        self.windows = _windows(frozen.model)
+        bind(frozen.model)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> torch.Tensor:
+        """Logits `[N, V]` of the batch's selected positions; the keys and values of its tokens go into the pool."""
+        step = StepContext(self.pool, batch.slots, batch.work, self.backend)
+        output = self.frozen.model(
+            input_ids=batch.token_ids,
+            position_ids=batch.positions,
+            use_cache=False,
+            logits_to_keep=batch.selected,
+            antefix=step,
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+
+def bind(model: torch.nn.Module) -> None:
+    """Makes every attention of the model call `antefix`.
+
+    Some versions of transformers set the top config only, so each module's own config is set and then checked.
+    """
+    model.set_attn_implementation(attention.NAME)  # type: ignore[operator]
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if config is not None and getattr(config, "_attn_implementation", attention.NAME) != attention.NAME:
+            config._attn_implementation = attention.NAME
+            if config._attn_implementation != attention.NAME:
+                raise ModelUnsupported(f"{type(model).__name__} does not let its attention be replaced")
+
+
+def _windows(model: torch.nn.Module) -> frozenset[int]:
+    """Every sliding window a layer may pass to its attention; 0 for none."""
+    config: Any = model.config
+    return frozenset({0, getattr(config.get_text_config(), "sliding_window", None) or 0})

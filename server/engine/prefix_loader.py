@@ -1,0 +1,102 @@
+"""From a stored version to what the engine takes: read, verified, cast, kept in host memory."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+
+from prefix_store.errors import InvalidRequest, PrefixMismatch
+from prefix_store.model.frozen import FrozenModel
+from prefix_store.prefix import PrefixManifest, PrefixVersion, Window
+from prefix_store.store import PrefixStore
+from prefix_store.tensors import PAYLOADS, PrefixTensors, check_fits
+from server.scheduler.messages import PrefixPayload
+
+SERVED = "self.kv"
+
+
+@dataclass(frozen=True)
+class LoadedPrefix:
+    """A prefix in host memory, and the template its text prompts go through."""
+
+    payload: PrefixPayload
+    template: str | None
+
+    @property
+    def size_bytes(self) -> int:
+        """Host memory it takes."""
+        tensor: torch.Tensor = self.payload.tensor
+        return tensor.nbytes
+
+
+class PrefixLoader:
+    """An LRU of loaded prefixes keyed by digest, so a replaced or deleted name can never serve stale numbers.
+
+    Safe to call from any thread; a digest that several callers ask for is read once.
+    """
+
+    def __init__(self, prefixes: PrefixStore, frozen: FrozenModel, budget_bytes: int) -> None:
+        self._prefixes = prefixes
+        self._frozen = frozen
+        self._budget = budget_bytes
+        self._lock = threading.Lock()
+        self._loaded: OrderedDict[str, Future[LoadedPrefix]] = OrderedDict()
+
+    def load(self, version: PrefixVersion) -> LoadedPrefix:
+        """Blocks while reading. Raises PrefixMismatch, InvalidRequest for a method not served, StoreCorrupt."""
+        with self._lock:
+            future = self._loaded.get(version.digest)
+            if owner := future is None:
+                future = self._loaded[version.digest] = Future()
+            self._loaded.move_to_end(version.digest)
+        if owner:
+            self._fill(future, version)
+        return future.result()
+
+    def _fill(self, future: Future[LoadedPrefix], version: PrefixVersion) -> None:
+        try:
+            future.set_result(self._read(version))
+        except BaseException as error:
+            with self._lock:
+                self._loaded.pop(version.digest, None)  # the next caller tries again
+            future.set_exception(error)
+        else:
+            self._trim()
+
+    def _read(self, version: PrefixVersion) -> LoadedPrefix:
+        manifest, tensors = self._prefixes.read(version)
+        check_fits(manifest, self._frozen.geometry, self._frozen.digest, self._frozen.context_length)
+        return LoadedPrefix(payload_of(version.digest, manifest, tensors, self._frozen.dtype), manifest.template)
+
+    def _trim(self) -> None:
+        with self._lock:
+            done = [(digest, f.result().size_bytes) for digest, f in self._loaded.items() if f.done()]
+            total = sum(size for _, size in done)
+            for digest, size in done[:-1]:  # the newest stays, however large
+                if total <= self._budget:
+                    return
+                del self._loaded[digest]
+                total -= size
+
+
+def payload_of(digest: str, manifest: PrefixManifest, tensors: PrefixTensors, dtype: torch.dtype) -> PrefixPayload:
+    """Casts KV to the model's dtype. Raises InvalidRequest for other payloads, PrefixMismatch if the cast overflows."""
+    if PAYLOADS[manifest.method] != SERVED:
+        raise InvalidRequest(
+            f"prefixes of method {manifest.method.value!r} cannot be served yet; 'prefix' and 'text' can",
+            param="prefix_id",
+        )
+    tensor = tensors[SERVED].to(dtype).contiguous()
+    if not bool(tensor.isfinite().all()):
+        raise PrefixMismatch(f"the prefix has values that overflow this server's {dtype}", param="prefix_id")
+    return PrefixPayload(
+        digest=digest,
+        virtual_tokens=manifest.virtual_tokens,
+        position_offset=manifest.position_offset,
+        slides=manifest.window is Window.SLIDES,
+        tensor=tensor,
+    )

@@ -1,0 +1,1 @@
+"""Pure-Python scheduling: who runs how many tokens. Integers only, no tensors."""

@@ -1,0 +1,71 @@
+"""The two records that cross the line between the API and the engine: a request down, token events up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from server.scheduler.sampling_params import SamplingParams
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    TIMEOUT = "timeout"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class PrefixPayload:
+    """A prefix as the engine takes it: already read, checked and in host memory; immutable, keyed by digest.
+
+    `tensor` is opaque here (canonical KV `[L, 2, Hkv, P, D]` for the engine). `slides`: sliding-window layers let it
+    slide out of sight.
+    """
+
+    digest: str
+    virtual_tokens: int
+    position_offset: int
+    slides: bool
+    tensor: Any = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One row's worth of work: `n` choices of a call are `n` requests. `prefix` None is the bare frozen model."""
+
+    id: str
+    tenant: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    prefix: PrefixPayload | None = None
+    deadline: float | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural log-probability of a token, and the likeliest alternatives as (token id, logprob), best first."""
+
+    token_id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """What a request's sequence produced in one step. The last event of a request has a finish reason.
+
+    `prompt_logprobs` comes once, on the first event, when `echo` and `logprobs` were asked for; its first entry has
+    no logprob. A stop token ends the sequence and is not among `token_ids`.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    error: str | None = None

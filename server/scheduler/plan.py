@@ -1,0 +1,65 @@
+"""One step as integers: what to copy into place, then which row runs which tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from server.scheduler.messages import PrefixPayload, TokenLogprob
+from server.scheduler.sequence import Sequence
+from server.scheduler.slots import Extent
+
+
+@dataclass(frozen=True)
+class Load:
+    """Copy a prefix's keys and values from the host into its extent."""
+
+    payload: PrefixPayload
+    extent: Extent
+
+
+@dataclass(frozen=True)
+class Move:
+    """Copy the first `size` slots of a sequence that has outgrown its extent."""
+
+    source: Extent
+    target: Extent
+    size: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """`count` tokens of one sequence, from index `start` of its own tokens on. `samples`: the last one predicts."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether this row reaches the sequence's last token, so that its logits give the next one."""
+        return self.start + self.count == len(self.sequence.tokens)
+
+    @property
+    def scored(self) -> range:
+        """Own indices whose logits are wanted as prompt log-probabilities: index i predicts token i + 1."""
+        if not self.sequence.wants_prompt_logprobs:
+            return range(0)
+        return range(self.start, min(self.start + self.count, self.sequence.prompt_length - 1))
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """`transfers` happen first and in order: a later one may overwrite slots that an earlier one has read."""
+
+    transfers: tuple[Load | Move, ...]
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """What the engine found for one row. `token_id` None where the row does not sample or has failed."""
+
+    token_id: int | None = None
+    logprob: TokenLogprob | None = None
+    scored: list[TokenLogprob] = field(default_factory=list)
+    error: str | None = None

@@ -1,0 +1,76 @@
+"""Which prefixes have slots on the device. In use means pinned; only the unpinned are ever evicted."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from server.scheduler.messages import PrefixPayload
+from server.scheduler.slots import Extent, SlotAllocator
+
+
+@dataclass
+class Resident:
+    """A prefix in the pool, stored once however many sequences read it. `pins` counts those sequences."""
+
+    payload: PrefixPayload
+    extent: Extent
+    pins: int = 0
+
+
+class Residency:
+    """Digest -> resident prefix, least recently used first."""
+
+    def __init__(self, slots: SlotAllocator) -> None:
+        self._slots = slots
+        self._residents: OrderedDict[str, Resident] = OrderedDict()
+        self.hits = 0
+        self.misses = 0
+        self.evictions = 0
+
+    def __len__(self) -> int:
+        return len(self._residents)
+
+    def pin(self, digest: str) -> Resident | None:
+        """Pins a prefix that is already resident; None if it is not."""
+        resident = self._residents.get(digest)
+        if resident is None:
+            return None
+        self.hits += 1
+        resident.pins += 1
+        self._residents.move_to_end(digest)
+        return resident
+
+    def admit(self, payload: PrefixPayload, extent: Extent) -> Resident:
+        """Makes a prefix resident in an extent the caller has allocated and will fill; it comes back pinned once."""
+        if payload.digest in self._residents:
+            raise KeyError(f"{payload.digest} is resident already")
+        self.misses += 1
+        resident = self._residents[payload.digest] = Resident(payload, extent, pins=1)
+        return resident
+
+    def unpin(self, resident: Resident) -> None:
+        """One reader less."""
+        assert resident.pins > 0, "unpinned more often than pinned"
+        resident.pins -= 1
+
+    def evict_one(self) -> bool:
+        """Frees the slots of the least recently used unpinned prefix; False if there is none."""
+        for digest, resident in self._residents.items():
+            if resident.pins == 0:
+                self._slots.release(resident.extent)
+                del self._residents[digest]
+                self.evictions += 1
+                return True
+        return False
+
+    def clear(self) -> None:
+        """Forgets every prefix; none may be pinned."""
+        assert not any(resident.pins for resident in self._residents.values()), "a pinned prefix cannot be forgotten"
+        for resident in self._residents.values():
+            self._slots.release(resident.extent)
+        self._residents.clear()
+
+    def residents(self) -> list[Resident]:
+        """All of them, least recently used first."""
+        return list(self._residents.values())

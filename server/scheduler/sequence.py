@@ -1,0 +1,72 @@
+"""What the scheduler runs: one row's tokens, how far they are computed, and where they are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from server.scheduler.messages import GenerationRequest, TokenLogprob
+from server.scheduler.residency import Resident
+from server.scheduler.slots import Extent
+
+_MASK = 2**64 - 1
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request in flight. `computed` of `tokens` have their keys and values in `extent`.
+
+    Invariant while running: `computed < len(tokens)` between steps, because the last sampled token has not been
+    through the model yet.
+    """
+
+    request: GenerationRequest
+    seed: int
+    tokens: list[int] = field(default_factory=list)
+    computed: int = 0
+    extent: Extent | None = None
+    resident: Resident | None = None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs_sent: bool = False
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt_ids)
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens that the request brought."""
+        return len(self.request.prompt_ids)
+
+    @property
+    def generated(self) -> int:
+        """Tokens that were sampled."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def remaining(self) -> int:
+        """Tokens still to go through the model before the next one can be sampled."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def final_length(self) -> int:
+        """Own slots it can ever need: the last token to be sampled is never computed."""
+        return self.prompt_length + self.request.params.max_tokens - 1
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether prompt positions must be scored too."""
+        params = self.request.params
+        return params.echo and params.logprobs is not None and not self.prompt_logprobs_sent
+
+    def scored_prompt(self) -> tuple[TokenLogprob, ...]:
+        """Every prompt token's log-probability; nothing predicts the first."""
+        return TokenLogprob(self.tokens[0], None), *self.prompt_logprobs
+
+    def uniform(self) -> float:
+        """A number in [0, 1) for the next draw: a function of the seed and the token's index only.
+
+        So the draw is the same in any batch and after a preemption. SplitMix64 (Steele, Lea & Flood 2014).
+        """
+        state = (self.seed + (self.generated + 1) * 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        return ((state ^ (state >> 31)) >> 11) / 2**53

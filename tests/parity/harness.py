@@ -1,0 +1,122 @@
+"""Runs requests through the engine while recording every logit, and the same requests alone through transformers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from prefix_store.model.frozen import FrozenModel
+from server.engine.batch import build
+from server.engine.engine import Engine
+from server.engine.sampler import sample
+from server.scheduler.messages import FinishReason, GenerationRequest, PrefixPayload, TokenEvent
+from server.scheduler.plan import RowResult, StepPlan
+from server.scheduler.sampling_params import SamplingParams
+from server.scheduler.scheduler import Limits
+
+# About 1e-5 is what float32 sums in another order give; a wrong position or neighbour is off by whole units.
+TOLERANCE = 5e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A greedy request and the step at which it arrives."""
+
+    prompt: tuple[int, ...]
+    kv: torch.Tensor | None
+    new: int
+    arrives: int = 0
+    name: str = ""
+
+
+class RecordingEngine(Engine):
+    """Keeps the logits that each generated token was chosen from."""
+
+    recorded: dict[str, list[torch.Tensor]]
+
+    def run(self, plan: StepPlan) -> list[RowResult]:
+        for transfer in plan.transfers:
+            self.pool.apply(transfer)
+        if not plan.rows:
+            return []
+        batch = build(plan, self.runner.windows, self.frozen.device)
+        logits = self.runner.run(batch)
+        for selection in batch.selections:
+            if selection.row.samples:
+                last = selection.first + selection.count - 1
+                self.recorded[selection.row.sequence.request.id].append(logits[last].float().cpu())
+        return sample(logits, batch.selections)
+
+
+def make_engine(frozen: FrozenModel, backend: str | None = None, **limits: int) -> RecordingEngine:
+    numbers = {"slots": 4096, "rows": 16, "step_tokens": 64, "context_length": 512, "waiting": 1000} | limits
+    engine = RecordingEngine(frozen, Limits(**numbers), backend=backend)
+    engine.recorded = defaultdict(list)
+    return engine
+
+
+def payload(kv: torch.Tensor, digest: str, *, slides: bool = True, offset: int | None = None) -> PrefixPayload:
+    length = kv.shape[3]
+    return PrefixPayload(digest, length, length if offset is None else offset, slides, kv)
+
+
+def request(name: str, case: Case, prefix: PrefixPayload | None) -> GenerationRequest:
+    params = SamplingParams(max_tokens=case.new, temperature=0.0, ignore_eos=True)
+    return GenerationRequest(name, "default", case.prompt, params, prefix)
+
+
+def run_mixed(engine: Engine, cases: Sequence[Case], prefixes: Sequence[PrefixPayload | None]) -> dict[str, list[int]]:
+    """Feeds each case at its step, checks integrity after every step, and returns tokens by case number."""
+    pending = sorted(enumerate(cases), key=lambda pair: pair[1].arrives)
+    tokens: dict[str, list[int]] = defaultdict(list)
+    unfinished = len(cases)
+    for step in range(100_000):
+        while pending and pending[0][1].arrives <= step:
+            index, case = pending.pop(0)
+            engine.scheduler.add(request(str(index), case, prefixes[index]), seed=index)
+        events: list[TokenEvent] = engine.step()
+        engine.scheduler.check_integrity()
+        for event in events:
+            assert event.finish_reason in (None, FinishReason.LENGTH), event
+            tokens[event.request_id].extend(event.token_ids)
+            unfinished -= event.finish_reason is not None
+        if not unfinished and not pending:
+            return tokens
+    raise AssertionError("the engine does not finish")
+
+
+def alone(model: PreTrainedModel, case: Case) -> tuple[list[int], torch.Tensor]:
+    """Greedy tokens and their logits `[new, V]`, recomputed whole for every token, from a seeded cache."""
+    ids, rows = list(case.prompt), []
+    for _ in range(case.new):
+        rows.append(plain_logits(model, ids, case.kv)[-1])
+        ids.append(int(rows[-1].argmax()))
+    return ids[len(case.prompt) :], torch.stack(rows)
+
+
+@torch.inference_mode()
+def plain_logits(model: PreTrainedModel, ids: Sequence[int], kv: torch.Tensor | None) -> torch.Tensor:
+    """Logits `[T, V]` of one row by unmodified transformers, the prefix as a cache of past keys and values."""
+    cache, length = DynamicCache(), 0
+    if kv is not None:
+        length = kv.shape[3]
+        for layer in range(kv.shape[0]):
+            cache.update(kv[layer, 0][None].clone(), kv[layer, 1][None].clone(), layer)
+    positions = torch.arange(length, length + len(ids))[None]
+    mask = torch.ones(1, length + len(ids), dtype=torch.long)
+    output = model(
+        torch.tensor([list(ids)]), attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+    )
+    return output.logits[0]
+
+
+def worst_difference(engine: RecordingEngine, references: Sequence[torch.Tensor]) -> float:
+    """Largest absolute difference of any logit of any case."""
+    worst = 0.0
+    for index, reference in enumerate(references):
+        worst = max(worst, float((torch.stack(engine.recorded[str(index)]) - reference).abs().max()))
+    return worst

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import queue
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from prefix_store.errors import ContextLengthExceeded, GenerationFailed, Overloaded
+from server.engine.engine import Engine
+from server.engine.loop import EngineLoop
+from server.scheduler.messages import FinishReason, GenerationRequest, PrefixPayload, TokenEvent
+from server.scheduler.sampling_params import SamplingParams
+from server.scheduler.scheduler import Limits
+from tests.models import random_kv, tiny_frozen
+
+LIMITS = Limits(slots=1024, rows=4, step_tokens=32, context_length=200, waiting=6)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(tiny_frozen("llama"), LIMITS)
+
+
+@pytest.fixture
+def loop(engine):
+    running = EngineLoop(engine)
+    running.start()
+    yield running
+    running.stop()
+    engine.scheduler.check_integrity()
+    assert engine.scheduler.slots.used == sum(r.extent.size for r in engine.scheduler.residency.residents())
+
+
+def request(name: str, new: int = 5, prefix: PrefixPayload | None = None, **params) -> GenerationRequest:
+    chosen = SamplingParams(**{"max_tokens": new, "temperature": 0.0, "ignore_eos": True, **params})
+    return GenerationRequest(name, "t", (5, 6, 7), chosen, prefix)
+
+
+def collect(events: queue.Queue[TokenEvent]) -> tuple[list[int], TokenEvent]:
+    tokens: list[int] = []
+    while True:
+        event = events.get(timeout=20)
+        tokens.extend(event.token_ids)
+        if event.finish_reason is not None:
+            return tokens, event
+
+
+def submit(loop: EngineLoop, made: GenerationRequest) -> queue.Queue[TokenEvent]:
+    events: queue.Queue[TokenEvent] = queue.Queue()
+    loop.submit(made, events.put)
+    return events
+
+
+def test_requests_run_to_their_end_and_are_counted(loop):
+    streams = [submit(loop, request(f"r{i}")) for i in range(6)]
+    results = [collect(stream) for stream in streams]
+    assert {tuple(tokens) for tokens, _ in results} == {tuple(results[0][0])}
+    assert all(event.finish_reason is FinishReason.LENGTH for _, event in results)
+    stats = loop.stats()
+    assert (stats.running, stats.waiting) == (0, 0)
+    assert stats.generated_tokens == 30
+    assert stats.prompt_tokens == 18
+
+
+def test_abort_ends_a_running_and_a_waiting_request(loop):
+    streams = {name: submit(loop, request(name, new=150)) for name in "abcdef"}
+    for name in "abcdef":
+        loop.abort(name)
+        loop.abort(name)
+    loop.abort("never heard of")
+    assert {collect(stream)[1].finish_reason for stream in streams.values()} == {FinishReason.ABORT}
+
+
+def test_what_cannot_run_is_refused_at_once(loop):
+    with pytest.raises(ContextLengthExceeded):
+        submit(loop, request("long", new=200))
+
+
+def test_a_full_queue_refuses(engine):
+    idle = EngineLoop(engine)  # not started: nothing is taken off the queue
+    for index in range(6):
+        submit(idle, request(f"{index}"))
+    with pytest.raises(Overloaded):
+        submit(idle, request("one more"))
+    idle.stop()
+
+
+def test_a_deadline_ends_a_request(loop):
+    stream = submit(loop, replace(request("late", new=190), deadline=time.monotonic() - 1))
+    assert collect(stream)[1].finish_reason is FinishReason.TIMEOUT
+
+
+def test_stopping_ends_what_runs_with_a_reason(engine):
+    loop = EngineLoop(engine)
+    loop.start()
+    stream = submit(loop, request("cut", new=190))
+    loop.stop("going down")
+    _, last = collect(stream)
+    if last.finish_reason is not FinishReason.LENGTH:
+        assert (last.finish_reason, last.error) == (FinishReason.ERROR, "going down")
+    with pytest.raises(GenerationFailed):
+        submit(loop, request("after"))
+
+
+def test_a_broken_step_fails_its_rows_and_the_next_request_is_right(loop, engine, monkeypatch, caplog):
+    kv = random_kv(engine.frozen, 4)
+    prefix = PrefixPayload("p", 4, 4, True, kv)
+    expected, _ = collect(submit(loop, request("before", prefix=prefix)))
+
+    def broken(*_: object) -> torch.Tensor:
+        raise RuntimeError("device lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "run", broken)
+        _, last = collect(submit(loop, request("broken", prefix=prefix)))
+    assert last.finish_reason is FinishReason.ERROR
+    assert "RuntimeError" in last.error
+    assert "device lost" in caplog.text
+    assert collect(submit(loop, request("again", prefix=prefix)))[0] == expected
+
+
+def test_a_prefix_that_overflows_fails_its_own_request_only(loop, engine):
+    expected, _ = collect(submit(loop, request("alone", new=30)))
+    bad = PrefixPayload("nan", 2, 2, True, torch.full_like(random_kv(engine.frozen, 2), torch.nan))
+    streams = [submit(loop, request("good", new=30)), submit(loop, request("bad", new=30, prefix=bad))]
+    assert collect(streams[0])[0] == expected
+    assert "prefix_numerics" in collect(streams[1])[1].error
