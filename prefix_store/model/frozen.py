@@ -46,6 +46,13 @@ class FrozenModel:
         """What the weights are."""
         return self.model.dtype
 
+    @property
+    def vocabulary_size(self) -> int:
+        """Token ids that the model has an embedding for."""
+        embeddings: Any = self.model.get_input_embeddings()
+        size: int = embeddings.num_embeddings
+        return size
+
 
 def load(source: str | Path, *, device: str = "cpu", dtype: str = "float32", name: str | None = None) -> FrozenModel:
     """Loads a hub id or a folder with eager attention. Raises ModelUnsupported with the reason."""
@@ -60,7 +67,8 @@ def load(source: str | Path, *, device: str = "cpu", dtype: str = "float32", nam
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelUnsupported(f"cannot load the model {str(source)!r}: {error}") from error
     label = name or (BUNDLED_NAME if folder == BUNDLED else Path(str(source)).name)
-    return freeze(model.to(device), tokenizer, digest=digest_of(folder), name=label)
+    model.to(torch.device(device))  # type: ignore[arg-type]  # transformers wraps `to` without its types
+    return freeze(model, tokenizer, digest=digest_of(folder), name=label)
 
 
 def freeze(model: PreTrainedModel, tokenizer: Any, *, digest: str, name: str) -> FrozenModel:
@@ -75,7 +83,7 @@ def measure(model: PreTrainedModel) -> ModelGeometry:
     """Reads the geometry off a two-token prefill: configs name these numbers in a dozen ways, the cache in one."""
     probe = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     with torch.inference_mode():
-        cache = getattr(model(probe, use_cache=True), "past_key_values", None)
+        cache: Any = getattr(model(probe, use_cache=True), "past_key_values", None)
     if not getattr(cache, "layers", None):
         raise ModelUnsupported(f"{model.config.model_type}: the model keeps no keys and values a prefix could join")
     shapes = {(layer.keys.shape, layer.values.shape) for layer in cache.layers}

@@ -8,7 +8,7 @@ import torch
 
 from prefix_store.errors import ModelUnsupported
 from prefix_store.model.frozen import FrozenModel
-from server.engine import attention
+from server.engine import attention, linear
 from server.engine.attention import StepContext
 from server.engine.batch import Batch
 from server.engine.kv_pool import KVPool
@@ -23,6 +23,7 @@ class ModelRunner:
         self.backend = backend
         self.windows = _windows(frozen.model)
         bind(frozen.model)
+        linear.pack(frozen.model)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:

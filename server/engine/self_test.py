@@ -39,8 +39,7 @@ class Truth:
 def plain_truths(frozen: FrozenModel) -> list[Truth]:
     """A random text for each prefix length, through the plain model: call it before a runner binds the model."""
     generator = torch.Generator().manual_seed(0)
-    vocabulary = frozen.model.get_input_embeddings().num_embeddings
-    ids = torch.randint(vocabulary, (len(PREFIX_LENGTHS), LENGTH), generator=generator).to(frozen.device)
+    ids = torch.randint(frozen.vocabulary_size, (len(PREFIX_LENGTHS), LENGTH), generator=generator).to(frozen.device)
     # A cache made without the config keeps what has slid out of a window too.
     outputs = [frozen.model(row[None], past_key_values=DynamicCache(), use_cache=True) for row in ids]
     return [_truth(row.tolist(), output) for row, output in zip(ids, outputs, strict=True)]

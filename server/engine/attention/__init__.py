@@ -63,7 +63,9 @@ def attention(
     """
     if attention_mask is not None:
         raise ModelUnsupported("the model insists on an attention mask of its own")
-    strange = sorted(key for key, value in others.items() if key not in _IGNORED and value is not None and value is not False)
+    strange = sorted(
+        key for key, value in others.items() if key not in _IGNORED and value is not None and value is not False
+    )
     if strange:
         raise ModelUnsupported(f"the model's attention uses {', '.join(strange)}, which cannot be served yet")
     window = sliding_window or _NO_WINDOW

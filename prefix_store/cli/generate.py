@@ -1,0 +1,33 @@
+"""`antefix generate`: text from a running server, as it comes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from prefix_store.cli.client import connect
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the text begins with.")],
+    prefix: Annotated[str | None, typer.Option(help="A prefix: name or name@version. Without: the bare model.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="At most so many tokens.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text. May be repeated.")] = None,
+) -> None:
+    """Generate text and print it as it comes."""
+    body = {
+        "prompt": prompt,
+        "prefix_id": prefix,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "seed": seed,
+        "stop": stop or None,
+        "stream": True,
+    }
+    with connect() as server:
+        for event in server.stream("/generate", body):
+            typer.echo(event["text"], nl=False)
+    typer.echo()

@@ -1,0 +1,60 @@
+"""`antefix jobs`: training jobs of a running server."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from prefix_store.cli.client import connect
+
+
+class _IdShows(TyperGroup):
+    """`antefix jobs ID` is `antefix jobs show ID`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        return super().resolve_command(ctx, args if args[0] in self.commands else ["show", *args])
+
+
+app = typer.Typer(cls=_IdShows, help="Training jobs: list, show (or just an ID), cancel.", invoke_without_command=True)
+JobId = Annotated[str, typer.Argument(metavar="ID")]
+
+
+@app.callback()
+def list_all(context: typer.Context) -> None:
+    """List the jobs, newest first, when no command is given."""
+    if context.invoked_subcommand is None:
+        with connect() as server:
+            for job in server.pages("/v1/jobs"):
+                typer.echo(line(job))
+
+
+@app.command()
+def show(job_id: JobId) -> None:
+    """Show one job as JSON."""
+    with connect() as server:
+        typer.echo(json.dumps(server.get(f"/v1/jobs/{job_id}"), indent=2))
+
+
+@app.command()
+def cancel(job_id: JobId) -> None:
+    """Cancel a job: a queued one at once, a running one within seconds."""
+    with connect() as server:
+        typer.echo(line(server.post(f"/v1/jobs/{job_id}/cancel")))
+
+
+def line(job: dict[str, Any]) -> str:
+    """A job in one line."""
+    progress = job["progress"]
+    parts = [job["id"], job["prefix_id"], job["status"]]
+    if progress.get("step"):
+        parts.append(f"step {progress['step']} of {job['options']['steps']}")
+    if job["version"]:
+        parts.append(f"{job['prefix_id']}@{job['version']}")
+    if job["error"]:
+        parts.append(f"{job['error']['code']}: {job['error']['message']}")
+    if job["cancel_requested"] and job["status"] == "running":
+        parts.append("cancelling")
+    return "\t".join(parts)

@@ -1,0 +1,29 @@
+"""`python -m server`: answers signals and wrong settings at once, and only then imports what takes seconds."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+from server import logs, settings
+
+
+def main() -> None:
+    """Runs until SIGINT or SIGTERM, and then ends with status 0. What prevents a start is one line on stderr."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    chosen = settings.read()
+    logs.configure()
+    print("antefix starts …", flush=True)
+    from server.start import serve
+
+    serve(chosen)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Ends a start that is still going on; later uvicorn shuts down first, and then hands the signal on to here."""
+    raise SystemExit(0)
+
+
+if __name__ == "__main__":
+    main()

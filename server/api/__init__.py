@@ -1,0 +1,1 @@
+"""All the HTTP of the server."""

@@ -1,0 +1,85 @@
+"""Who may call what. Every route needs a key unless it is on the open list; a route nobody listed needs `admin`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import structlog
+from anyio import to_thread
+from fastapi import Depends, Request
+
+from prefix_store.errors import Forbidden, Unauthorized
+from prefix_store.tenants import DEFAULT_TENANT, ApiKey
+from server.api.services import Serving
+
+if TYPE_CHECKING:
+    from prefix_store.key_store import KeyStore
+
+OPEN = frozenset({"/healthz", "/readyz", "/health"})
+SCOPES = {
+    ("POST", "/generate"): "generate",
+    ("POST", "/v1/prefixes"): "prefix:write",
+    ("GET", "/v1/prefixes"): "prefix:read",
+    ("GET", "/v1/prefixes/{ref:path}"): "prefix:read",
+    ("GET", "/v1/prefixes/{ref:path}/export"): "prefix:read",
+    ("DELETE", "/v1/prefixes/{ref:path}"): "prefix:write",
+    ("POST", "/v1/prefixes/{name}/train"): "train",
+    ("GET", "/v1/jobs"): "train",
+    ("GET", "/v1/jobs/{job_id}"): "train",
+    ("GET", "/v1/jobs/{job_id}/events"): "train",
+    ("POST", "/v1/jobs/{job_id}/cancel"): "train",
+    ("GET", "/metrics"): "admin",
+}
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whose request this is. `key_id` is None in open mode."""
+
+    tenant: str
+    key_id: str | None = None
+
+
+class Gate:
+    """Checks keys. Without any key on loopback it is open, with one tenant; the first key closes it for good."""
+
+    def __init__(self, keys: KeyStore, *, is_loopback: bool) -> None:
+        self._keys = keys
+        self._open = is_loopback
+
+    def admit(self, presented: str | None, scope: str) -> Caller:
+        """The caller behind a presented key. Blocking. Raises Unauthorized or Forbidden."""
+        if self._open:
+            self._open = not self._keys.any()
+        if self._open:
+            return Caller(DEFAULT_TENANT)
+        key = self._find(presented)
+        if not key.allows(scope):
+            raise Forbidden(f"this API key lacks the scope {scope!r}")
+        return Caller(key.tenant, key.id)
+
+    def _find(self, presented: str | None) -> ApiKey:
+        if presented is None:
+            raise Unauthorized("an API key is needed: Authorization: Bearer afx_… or x-api-key: afx_…")
+        return self._keys.authenticate(presented)
+
+
+def presented_key(request: Request) -> str | None:
+    """The key in the headers, as it came."""
+    kind, _, token = request.headers.get("authorization", "").partition(" ")
+    return token.strip() if kind.lower() == "bearer" else request.headers.get("x-api-key")
+
+
+async def authorise(request: Request, services: Serving) -> Caller | None:
+    """The app-wide dependency; None only for the open list."""
+    path = request.scope["route"].path
+    if path in OPEN:
+        return None
+    scope = SCOPES.get((request.method, path), "admin")
+    caller = await to_thread.run_sync(services.gate.admit, presented_key(request), scope)
+    structlog.contextvars.bind_contextvars(tenant=caller.tenant, key=caller.key_id)
+    return caller
+
+
+Calling = Annotated[Caller, Depends(authorise)]

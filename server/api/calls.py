@@ -1,0 +1,137 @@
+"""One call's work in the engine: its choices, from submission to the last token."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from prefix_store.errors import GenerationFailed
+from server.scheduler.messages import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
+from server.text import TextStream
+
+if TYPE_CHECKING:
+    from server.engine.loop import EngineLoop
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one choice gained: text, and the logprobs of the tokens that came with it, when they were asked for."""
+
+    index: int
+    text: str
+    finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass
+class Choice:
+    """One choice as it grows: text that is certain, tokens used for it, and why it ended."""
+
+    index: int
+    stream: TextStream
+    text: str = ""
+    tokens: int = 0
+    finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def take(self, event: TokenEvent) -> str:
+        """Applies an event and returns the text that became certain. Tokens behind a stop string do not count."""
+        pieces = []
+        for token_id in event.token_ids:
+            pieces.append(self.stream.push(token_id))
+            self.tokens += 1
+            if self.stream.stopped:
+                break
+        if event.finish_reason is not None:
+            pieces.append(self.stream.finish())
+        self.finish_reason = FinishReason.STOP if self.stream.stopped else event.finish_reason
+        self.text += (piece := "".join(pieces))
+        self.logprobs += (*(event.prompt_logprobs or ()), *event.logprobs[: len(pieces)])
+        return piece
+
+
+class Call:
+    """The choices of one prompt in the engine, one request each. Who submits it sees to `abort` when done with it."""
+
+    def __init__(
+        self, loop: EngineLoop, requests: Sequence[GenerationRequest], tokenizer: Any, clock: Callable[[], float]
+    ) -> None:
+        self._loop = loop
+        self._requests = requests
+        self._clock = clock
+        self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        self._by_id = {
+            request.id: Choice(index, TextStream(tokenizer, request.prompt_ids, request.params.stop))
+            for index, request in enumerate(requests)
+        }
+        self.first_token_at: float | None = None
+        self.ended_at: float | None = None
+
+    @property
+    def choices(self) -> list[Choice]:
+        """In order of index."""
+        return list(self._by_id.values())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens generated for all choices."""
+        return sum(choice.tokens for choice in self._by_id.values())
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether every choice has a finish reason."""
+        return all(choice.finish_reason is not None for choice in self._by_id.values())
+
+    def submit(self) -> None:
+        """Queues all choices or none. Raises what the engine raises for a request that it cannot take."""
+        sink = _sink(asyncio.get_running_loop(), self._events)
+        try:
+            for request in self._requests:
+                self._loop.submit(request, sink)
+        except BaseException:
+            self.abort()
+            raise
+
+    def abort(self) -> None:
+        """Ends in the engine what has not ended; harmless when all has."""
+        for request_id, choice in self._by_id.items():
+            if choice.finish_reason is None:
+                self._loop.abort(request_id)
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """What the choices gain, as it comes, until all have ended. Raises GenerationFailed."""
+        while not self.has_ended:
+            event = await self._events.get()
+            choice = self._by_id[event.request_id]
+            if choice.finish_reason is None:
+                yield self._apply(choice, event)
+
+    async def finish(self) -> None:
+        """Waits until all choices have ended. Raises GenerationFailed."""
+        async for _ in self.deltas():
+            pass
+
+    def _apply(self, choice: Choice, event: TokenEvent) -> Delta:
+        if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+            raise GenerationFailed(event.error or "the request was aborted")
+        if event.token_ids and self.first_token_at is None:
+            self.first_token_at = self._clock()
+        known = len(choice.logprobs)
+        text = choice.take(event)
+        if choice.stream.stopped and event.finish_reason is None:
+            self._loop.abort(event.request_id)
+        if self.has_ended:
+            self.ended_at = self._clock()
+        return Delta(choice.index, text, choice.finish_reason, tuple(choice.logprobs[known:]))
+
+
+def _sink(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[TokenEvent]) -> Callable[[TokenEvent], None]:
+    """Carries events from the engine's thread into the event loop."""
+
+    def deliver(event: TokenEvent) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(queue.put_nowait, event)
+
+    return deliver

@@ -1,0 +1,104 @@
+"""Every failure as `{"error": {"message", "type", "param", "code"}}`, by one table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic_core import ErrorDetails
+from starlette.exceptions import HTTPException
+
+from prefix_store import errors
+from prefix_store.errors import AntefixError
+
+INVALID, AUTHENTICATION, PERMISSION = "invalid_request_error", "authentication_error", "permission_error"
+RATE_LIMIT, SERVER = "rate_limit_error", "server_error"
+
+# status and type by class; a class that is not here is answered as its base
+TABLE: dict[type[AntefixError], tuple[int, str]] = {
+    AntefixError: (500, SERVER),
+    errors.InvalidRequest: (400, INVALID),
+    errors.PayloadTooLarge: (413, INVALID),
+    errors.NotFound: (404, INVALID),
+    errors.Unauthorized: (401, AUTHENTICATION),
+    errors.Forbidden: (403, PERMISSION),
+    errors.Conflict: (409, INVALID),
+    errors.Overloaded: (429, RATE_LIMIT),
+    errors.StoreUnavailable: (503, SERVER),
+    errors.GenerationFailed: (500, SERVER),
+}
+HEADERS = {
+    401: {"www-authenticate": "Bearer"},
+    409: {"x-should-retry": "false"},  # clients repeat a 409 otherwise, and this one stays
+    429: {"retry-after": str(errors.Overloaded.retry_after)},
+    503: {"retry-after": "1"},
+}
+STATUS_CODES = {404: "route_not_found", 405: "method_not_allowed"}
+LONGEST = 500
+
+
+def body(error: AntefixError) -> dict[str, Any]:
+    """The error's JSON, also for a stream that has begun."""
+    return _body(error.message, _row(error)[1], error.param, error.code)
+
+
+def response(error: AntefixError) -> JSONResponse:
+    """The error's whole reply."""
+    status = _row(error)[0]
+    return JSONResponse(body(error), status, headers=HEADERS.get(status))
+
+
+def unforeseen() -> AntefixError:
+    """What a caller is told about a failure that nobody foresaw; the log has the rest."""
+    return AntefixError("the server failed on this request")
+
+
+def install(app: FastAPI) -> None:
+    """Registers the handlers. What nobody foresaw is answered by `Exchange`, outside of them."""
+    app.add_exception_handler(AntefixError, _on_antefix_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+
+
+def invalid(details: list[ErrorDetails] | list[Any]) -> errors.InvalidRequest:
+    """The first field that pydantic refused, with everything it said about it, and never with the value."""
+    path = [str(part) for part in details[0]["loc"]]
+    param = path[0] if path else None
+    said = dict.fromkeys(detail["msg"] for detail in details if not path or detail["loc"][:1] == details[0]["loc"][:1])
+    where = f"{_where(path)}: " if path else ""
+    return errors.InvalidRequest(where + "; or ".join(said), param=param)
+
+
+def _where(path: list[str]) -> str:
+    """`examples.3.prompt`; the arms of a union, which pydantic adds, mean nothing to a caller."""
+    return ".".join(part[:80] for part in path[:4] if part != "str" and not part.startswith("list["))
+
+
+def _row(error: AntefixError) -> tuple[int, str]:
+    return next(TABLE[kind] for kind in type(error).__mro__ if kind in TABLE)
+
+
+def _body(message: str, kind: str, param: str | None, code: str) -> dict[str, Any]:
+    return {"error": {"message": message[:LONGEST], "type": kind, "param": param, "code": code}}
+
+
+async def _on_antefix_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, AntefixError)
+    return response(error)
+
+
+async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
+    """Query and path parameters; bodies are read by `schemas.read`."""
+    assert isinstance(error, RequestValidationError)
+    details = [{**detail, "loc": detail["loc"][1:]} for detail in error.errors()]
+    return response(invalid(details))
+
+
+async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
+    """Starlette's own: no such route, no such method, a multipart body that cannot be read."""
+    assert isinstance(error, HTTPException)
+    code = STATUS_CODES.get(error.status_code, "invalid_request")
+    kind = INVALID if error.status_code < 500 else SERVER
+    return JSONResponse(_body(str(error.detail), kind, None, code), error.status_code, headers=error.headers)

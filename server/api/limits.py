@@ -1,0 +1,62 @@
+"""How large a request body may be. Received bytes are counted, for a chunked body declares no length."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from prefix_store.errors import PayloadTooLarge
+from server.api import errors
+
+MB = 1 << 20
+JSON_BYTES = 4 * MB
+TRAINING_BYTES = 64 * MB
+# the form around an upload's file: boundaries, the id, a PEFT config
+FORM_BYTES = 256 * 1024
+UPLOAD_ROUTE = re.compile(r"/v1/prefixes/?")
+TRAIN_ROUTE = re.compile(r"/v1/prefixes/[^/]+/train")
+
+
+@dataclass(frozen=True)
+class BodyLimit:
+    """ASGI middleware that refuses a body over its route's cap: at once if it is declared, else when it gets there."""
+
+    app: ASGIApp
+    upload_bytes: int
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        cap = self._cap(scope["path"])
+        declared = dict(scope["headers"]).get(b"content-length", b"")
+        if declared.isdigit() and int(declared) > cap:
+            await errors.response(_too_large(cap))(scope, receive, send)
+            return
+        await self.app(scope, _counting(receive, cap), send)
+
+    def _cap(self, path: str) -> int:
+        if UPLOAD_ROUTE.fullmatch(path):
+            return self.upload_bytes + FORM_BYTES
+        return TRAINING_BYTES if TRAIN_ROUTE.fullmatch(path) else JSON_BYTES
+
+
+def _counting(receive: Receive, cap: int) -> Receive:
+    received = 0
+
+    async def counted() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > cap:
+            raise _too_large(cap)
+        return message
+
+    return counted
+
+
+def _too_large(cap: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"the request body is larger than the {cap / MB:g} MB that this route takes")

@@ -1,0 +1,98 @@
+"""The JSON bodies that come in. Types are strict, and an unknown field is refused with the nearest known one."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from prefix_store.errors import InvalidRequest
+from prefix_store.jobs import Objective
+from prefix_store.prefix import Method
+from server.api import errors
+
+# one bound for all integers, so that none can be too large to be turned into a float and compared
+Integer = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+
+
+class Body(BaseModel):
+    """Base of every JSON body. `null` is the same as absent."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields_only(cls, data: Any) -> Any:
+        """A misspelt field would otherwise be its default, and a misspelt prefix_id the bare model."""
+        if not isinstance(data, dict):
+            return data
+        for name in data:
+            if name not in cls.model_fields:
+                short = str(name)[:80]
+                near = difflib.get_close_matches(short, cls.model_fields, n=1, cutoff=0.0)[0]
+                raise InvalidRequest(f"unknown field {short!r}; did you mean {near!r}?", param=short)
+        return {name: value for name, value in data.items() if value is not None}
+
+
+class GenerateBody(Body):
+    """POST /generate. Ranges of the sampling fields are `SamplingParams`'s."""
+
+    prompt: str | list[Integer]
+    prefix_id: str | None = None
+    max_tokens: Integer | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: Integer = 0
+    min_p: float = 0.0
+    seed: Integer | None = None
+    stop: str | list[str] = Field(default=[])
+    stop_token_ids: list[Integer] = Field(default=[], max_length=256)
+    n: int = Field(default=1, ge=1, le=64)
+    logprobs: Integer | None = None
+    echo: bool = False
+    ignore_eos: bool = False
+    stream: bool = False
+    user: str | None = Field(default=None, max_length=256)
+    timeout_s: float | None = Field(default=None, gt=0, le=86_400)
+
+
+class Example(Body):
+    """One training example."""
+
+    prompt: str
+    completion: str = Field(min_length=1)
+
+
+class TrainBody(Body):
+    """POST /v1/prefixes/{name}/train. An absent option is `TrainingSpec`'s default, and so are the ranges."""
+
+    examples: list[Example] = Field(min_length=1, max_length=100_000)
+    method: Method | None = None
+    objective: Objective | None = None
+    virtual_tokens: Integer | None = None
+    steps: Integer | None = None
+    batch_size: Integer | None = None
+    learning_rate: float | None = None
+    max_length: Integer | None = None
+    init_text: str | None = Field(default=None, min_length=1, max_length=100_000)
+    seed: Integer | None = None
+
+    def options(self) -> dict[str, Any]:
+        """What was asked for beyond the examples."""
+        return self.model_dump(exclude={"examples"}, exclude_none=True)
+
+
+B = TypeVar("B", bound=Body)
+
+
+async def read(request: Request, kind: type[B]) -> B:
+    """Reads a JSON body. Raises InvalidRequest with the field and what was expected, never with what came."""
+    # asked for strictly: a web page elsewhere may make a browser send any body but one of this type
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise InvalidRequest("the body must be JSON: send it with Content-Type: application/json")
+    try:
+        return kind.model_validate_json(await request.body())
+    except ValidationError as error:
+        raise errors.invalid(error.errors(include_url=False, include_input=False)) from None

@@ -1,0 +1,50 @@
+"""What the routes work with: made once by `create_app`, found by every handler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
+
+import anyio
+from fastapi import Depends, Request
+
+if TYPE_CHECKING:
+    from prefix_store.model.frozen import FrozenModel
+    from prefix_store.store import Store
+    from server.api.auth import Gate
+    from server.engine.loop import EngineLoop
+    from server.engine.prefix_loader import PrefixLoader
+    from server.metrics import Metrics
+
+
+@dataclass(frozen=True)
+class Services:
+    """The parts of one server. `clock` is the engine's: deadlines are in its seconds."""
+
+    store: Store
+    frozen: FrozenModel
+    loop: EngineLoop
+    loader: PrefixLoader
+    metrics: Metrics
+    gate: Gate
+    require_prefix: bool
+    clock: Callable[[], float]
+    # one text at a time: a tokenizer is not made for several threads, and there are few cores
+    tokenizing: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
+
+    @property
+    def has_sliding_window(self) -> bool:
+        """Whether any layer sees only the last so many tokens."""
+        config = self.frozen.model.config.get_text_config()
+        kinds = getattr(config, "layer_types", None)
+        return "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None) is not None
+
+
+def services(request: Request) -> Services:
+    """The services of the app that serves this request."""
+    found: Services = request.app.state.services
+    return found
+
+
+Serving = Annotated[Services, Depends(services)]

@@ -1,0 +1,79 @@
+"""Training jobs: ask for one, watch it, cancel it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from anyio import to_thread
+from fastapi import APIRouter, Query, Request
+from starlette.responses import JSONResponse, Response
+
+from prefix_store.errors import InvalidRequest, JobNotFound
+from prefix_store.jobs import TrainingJob, TrainingSpec
+from server.api import references, schemas, views
+from server.api.auth import Caller, Calling
+from server.api.schemas import TrainBody
+from server.api.services import Services, Serving
+
+router = APIRouter(prefix="/v1")
+Limit = Annotated[int, Query(ge=1, le=1000)]
+
+
+@router.post("/prefixes/{name}/train")
+async def train(request: Request, name: str, services: Serving, caller: Calling) -> Response:
+    """Queues a job; the trainer publishes the prefix when it is done."""
+    references.new_name(services, name)
+    body = await schemas.read(request, TrainBody)
+    _check_room(body, services)
+    job = await to_thread.run_sync(_submit, services, caller, name, body)
+    return JSONResponse({"job": views.job(job)}, 202)
+
+
+@router.get("/jobs")
+async def page(services: Serving, caller: Calling, after: str | None = None, limit: Limit = 100) -> dict[str, Any]:
+    """The caller's jobs, newest first."""
+    jobs = await to_thread.run_sync(services.store.jobs.jobs, caller.tenant, after, limit + 1)
+    return views.page([views.job(job) for job in jobs], limit)
+
+
+@router.get("/jobs/{job_id}")
+async def show(job_id: str, services: Serving, caller: Calling) -> dict[str, Any]:
+    """One job."""
+    return views.job(await _find(services, caller, job_id))
+
+
+@router.get("/jobs/{job_id}/events")
+async def events(
+    job_id: str, services: Serving, caller: Calling, after: Annotated[int, Query(ge=0)] = 0, limit: Limit = 100
+) -> dict[str, Any]:
+    """A job's history after a sequence number, oldest first."""
+    await _find(services, caller, job_id)
+    found = await to_thread.run_sync(services.store.jobs.events, caller.tenant, job_id, after, limit + 1)
+    return views.page([views.event(event) for event in found], limit)
+
+
+@router.post("/jobs/{job_id}/cancel")
+async def cancel(job_id: str, services: Serving, caller: Calling) -> dict[str, Any]:
+    """A queued job is cancelled at once, a running one within seconds."""
+    return views.job(await to_thread.run_sync(services.store.jobs.request_cancel, caller.tenant, job_id))
+
+
+async def _find(services: Services, caller: Caller, job_id: str) -> TrainingJob:
+    job = await to_thread.run_sync(services.store.jobs.job, caller.tenant, job_id)
+    if job is None:
+        raise JobNotFound(f"there is no job {job_id[:80]!r}")
+    return job
+
+
+def _submit(services: Services, caller: Caller, name: str, body: TrainBody) -> TrainingJob:
+    examples = [example.model_dump() for example in body.examples]
+    return services.store.jobs.submit(caller.tenant, name, examples, body.options())
+
+
+def _check_room(body: TrainBody, services: Services) -> None:
+    asked = body.virtual_tokens or TrainingSpec.virtual_tokens
+    if asked + 2 > services.frozen.context_length:
+        raise InvalidRequest(
+            f"{asked} virtual tokens leave no room in a context of {services.frozen.context_length}",
+            param="virtual_tokens",
+        )

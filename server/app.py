@@ -1,0 +1,62 @@
+"""The application: everything it works with comes in as arguments, nothing is global."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from fastapi import Depends, FastAPI
+
+from prefix_store.model.frozen import FrozenModel
+from prefix_store.store import Store
+from server.api import errors, generate, ops, prefixes, training
+from server.api.auth import Gate, authorise
+from server.api.exchange import Exchange
+from server.api.limits import MB, BodyLimit
+from server.api.services import Services
+from server.engine.loop import EngineLoop
+from server.engine.prefix_loader import PrefixLoader
+from server.metrics import Metrics
+
+
+def create_app(
+    store: Store,
+    frozen: FrozenModel,
+    loop: EngineLoop,
+    loader: PrefixLoader,
+    *,
+    is_loopback: bool = True,
+    require_prefix: bool = False,
+    max_upload_mb: int = 256,
+    clock: Callable[[], float] = time.monotonic,
+) -> FastAPI:
+    """Joins the parts of a server. The loop must run; it is stopped, and the store closed, when the app shuts down.
+
+    `clock` is the one that the engine reads deadlines by.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        loop.stop()
+        store.close()
+
+    # FastAPI's own pages would be served without asking for a key
+    app = FastAPI(
+        title="antefix",
+        lifespan=lifespan,
+        dependencies=[Depends(authorise)],
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+    )
+    metrics = Metrics(loop.stats, store.jobs.job_counts)
+    gate = Gate(store.keys, is_loopback=is_loopback)
+    app.state.services = Services(store, frozen, loop, loader, metrics, gate, require_prefix, clock)
+    errors.install(app)
+    app.add_middleware(BodyLimit, upload_bytes=max_upload_mb * MB)
+    app.add_middleware(Exchange, metrics=metrics)
+    for router in (ops.router, generate.router, training.router, prefixes.router):
+        app.include_router(router)
+    return app

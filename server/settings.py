@@ -1,0 +1,67 @@
+"""The server's settings: the only reader of the environment in this process."""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "ANTEFIX_"
+# Read by the trainer and the command line, which share this environment.
+ELSEWHERE = ("ANTEFIX_WORKER_METRICS_PORT", "ANTEFIX_URL", "ANTEFIX_API_KEY")
+
+
+class Settings(BaseSettings):
+    """One field a variable: `ANTEFIX_` and the field's name in capitals. An empty variable counts as absent."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    model: str | None = Field(default=None, description="hub id or folder; the bundled model if absent")
+    model_name: str | None = Field(default=None, description="what replies call the model; the folder's name if absent")
+    store: str = "sqlite:///.antefix/store.db"
+    blobs: str | None = Field(default=None, description="a folder beside the SQLite file if absent")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    require_prefix: bool = False
+    max_upload_mb: int = Field(default=256, ge=1, le=65536)
+    max_waiting: int = Field(default=1024, ge=1)
+    max_batch: int = Field(default=64, ge=1, le=4096, description="rows that run at the same time")
+    step_tokens: int = Field(default=512, ge=16, description="tokens that one step may take, prompts included")
+    kv_slots: int = Field(
+        default=0, ge=0, description="tokens that the KV pool holds; 0 chooses by the memory there is"
+    )
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+def read() -> Settings:
+    """Reads the environment. Raises SystemExit with one line that names the variable."""
+    _refuse_unknown(os.environ)
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = f"{PREFIX}{first['loc'][0]}".upper()
+        raise SystemExit(f"antefix: {name}={str(first['input'])[:80]!r}: {first['msg']}") from None
+
+
+def _refuse_unknown(environment: Mapping[str, str]) -> None:
+    """A misspelt variable would otherwise be its default, silently."""
+    known = [*(f"{PREFIX}{name}".upper() for name in Settings.model_fields), *ELSEWHERE]
+    for name in sorted(environment):
+        if name.startswith(PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise SystemExit(f"antefix: {name} is not a setting; did you mean {near}?")

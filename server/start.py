@@ -1,0 +1,174 @@
+"""From the settings to a server that answers. Importing this takes seconds: torch and transformers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+import uvicorn
+from fastapi import FastAPI
+
+from prefix_store import codec
+from prefix_store.errors import AntefixError
+from prefix_store.model import frozen as models
+from prefix_store.model.frozen import FrozenModel
+from prefix_store.store import Store
+from prefix_store.tenants import DEFAULT_TENANT
+from server import welcome
+from server.app import create_app
+from server.engine.engine import Engine, choose_slots
+from server.engine.loop import EngineLoop
+from server.engine.prefix_loader import PrefixLoader
+from server.scheduler.scheduler import Limits
+from server.settings import Settings
+
+BUNDLED_PREFIXES = models.BUNDLED.parent / "prefixes"
+# Shares of memory. On a GPU the weights are already there and activations need the rest.
+CPU_POOL_SHARE, GPU_POOL_SHARE, LOADED_PREFIXES_SHARE = 0.25, 0.85, 0.125
+# What running requests get to finish in once the server was told to stop.
+SHUTDOWN_SECONDS = 1
+
+
+def serve(chosen: Settings) -> None:
+    """Runs until a signal. Raises SystemExit with one line when it cannot start."""
+    transformers.logging.disable_progress_bar()
+    try:
+        _serve(chosen)
+    except AntefixError as error:
+        raise SystemExit(f"antefix: {error.message}") from None
+
+
+def _serve(chosen: Settings) -> None:
+    listener = listen(chosen.host, chosen.port)
+    store = Store.open(chosen.store, chosen.blobs)
+    open_mode = check_access(chosen, store)
+    store.collect()
+    frozen = _load_model(chosen)
+    if Path(chosen.model or models.BUNDLED).resolve() == models.BUNDLED:
+        seed(store, BUNDLED_PREFIXES)
+    engine = _start_engine(chosen, frozen)
+    loop = EngineLoop(engine)
+    loader = PrefixLoader(store.prefixes, frozen, int(LOADED_PREFIXES_SHARE * _host_memory()))
+    app = create_app(
+        store,
+        frozen,
+        loop,
+        loader,
+        is_loopback=chosen.is_loopback,
+        require_prefix=chosen.require_prefix,
+        max_upload_mb=chosen.max_upload_mb,
+    )
+    loop.start()
+    address = f"http://{_bracketed(chosen.host)}:{listener.getsockname()[1]}"
+    prefixes = store.prefixes.page(DEFAULT_TENANT, limit=welcome.SHOWN + 1)
+    free_slots = engine.scheduler.slots.total - engine.scheduler.slots.used
+    _run(app, listener, loop, lambda: _say(welcome.text(address, frozen, prefixes, free_slots, open_mode=open_mode)))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Takes the port, before the slow part of a start. Raises SystemExit if it cannot be had."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise SystemExit(f"antefix: cannot listen on {host}:{port}: {error.strerror or error}") from None
+    return listener
+
+
+def check_access(settings: Settings, store: Store) -> bool:
+    """Whether the server will be open. Raises SystemExit where it would be open to more than this machine."""
+    if store.keys.any():
+        return False
+    if not settings.is_loopback:
+        raise SystemExit(
+            f"antefix: ANTEFIX_HOST={settings.host} without an API key would let anyone in; "
+            "make a key first: antefix key new --tenant default --scope admin"
+        )
+    return True
+
+
+def _load_model(chosen: Settings) -> FrozenModel:
+    device = chosen.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = chosen.dtype
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    _say(f"loading the model {chosen.model or models.BUNDLED_NAME} ({dtype} on {device}) …")
+    return models.load(chosen.model or models.BUNDLED, device=device, dtype=dtype, name=chosen.model_name)
+
+
+def seed(store: Store, folder: Path) -> None:
+    """Publishes bundled prefixes once; what the default tenant has replaced or deleted since stays so."""
+    for path in sorted(folder.glob("*.safetensors")):
+        if not store.prefixes.ever_published(DEFAULT_TENANT, path.stem):
+            store.prefixes.save(DEFAULT_TENANT, path.stem, *codec.decode(path))
+
+
+def _start_engine(chosen: Settings, frozen: FrozenModel) -> Engine:
+    _say("self-test: comparing the engine with the plain model …")
+    slots = chosen.kv_slots or choose_slots(frozen, chosen.max_batch, _pool_budget(frozen.device))
+    limits = Limits(slots, chosen.max_batch, chosen.step_tokens, frozen.context_length, chosen.max_waiting)
+    return Engine(frozen, limits)
+
+
+def _pool_budget(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(GPU_POOL_SHARE * free)
+    return int(CPU_POOL_SHARE * _host_memory())
+
+
+def _host_memory() -> int:
+    """Bytes of this machine, or of the container if it has less."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(machine, int(text)) if text.isdigit() else machine
+
+
+def _run(app: FastAPI, listener: socket.socket, loop: EngineLoop, on_ready: Callable[[], None]) -> None:
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        # the engine has ended all calls by then; this is for a client that does not read
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS + 1,
+        timeout_keep_alive=75,
+    )
+    _Server(config, loop, on_ready).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """Says when it answers, not before; when it stops, what still runs after a while is told so."""
+
+    def __init__(self, config: uvicorn.Config, loop: EngineLoop, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._loop = loop
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(SHUTDOWN_SECONDS, self._loop.stop)
+        await super().shutdown(sockets)
+
+
+def _say(text: str) -> None:
+    """For whoever started it; logs go to stderr."""
+    print(text, flush=True)
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

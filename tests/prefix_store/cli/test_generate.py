@@ -1,0 +1,25 @@
+from pathlib import Path
+
+from tests.prefix_store.cli.conftest import ANSWER, Antefix, Running
+from tests.server import artefacts
+
+
+def test_text_is_printed_as_it_comes(antefix: Antefix) -> None:
+    result = antefix("generate", "hi")
+    assert (result.exit_code, result.stdout) == (0, f"{ANSWER}\n")
+
+
+def test_options_reach_the_server(antefix: Antefix, running: Running, tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(artefacts.native(running.frozen))
+    antefix("prefix", "push", "support", tmp_path / "f")
+    antefix("generate", "hi", "--prefix", "support", "--max-tokens", "3", "--temperature", "0", "--seed", "7")
+    request = running.loop.requests[-1]
+    assert request.prefix is not None
+    assert (request.params.max_tokens, request.params.is_greedy, request.params.seed) == (3, True, 7)
+    assert antefix("generate", "hi", "--stop", "lo").stdout == "Häl\n"
+
+
+def test_an_unknown_prefix_is_an_error(antefix: Antefix) -> None:
+    result = antefix("generate", "hi", "--prefix", "nothing")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "there is no prefix 'nothing'" in result.stderr

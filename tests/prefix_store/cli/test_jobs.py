@@ -1,0 +1,34 @@
+import json
+from pathlib import Path
+
+from tests.prefix_store.cli.conftest import Antefix, Running
+
+
+def queue(antefix: Antefix, folder: Path) -> str:
+    (folder / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    return antefix("train", "--name", "sums", "--data", folder / "data.jsonl", "--no-wait").stdout.strip()
+
+
+def test_list_show_and_cancel(antefix: Antefix, tmp_path: Path) -> None:
+    job_id = queue(antefix, tmp_path)
+    assert f"{job_id}\tsums\tqueued" in antefix("jobs").stdout
+    for arguments in (["jobs", job_id], ["jobs", "show", job_id]):
+        assert json.loads(antefix(*arguments).stdout)["id"] == job_id
+    assert antefix("jobs", "cancel", job_id).stdout == f"{job_id}\tsums\tcancelled\n"
+    again = antefix("jobs", "cancel", job_id)
+    assert again.exit_code == 1
+
+
+def test_an_unknown_job_is_an_error(antefix: Antefix) -> None:
+    result = antefix("jobs", "ftjob-none")
+    assert (result.exit_code, result.stderr) == (1, "antefix: there is no job 'ftjob-none'\n")
+
+
+def test_a_running_job_shows_its_step(antefix: Antefix, running: Running, tmp_path: Path) -> None:
+    job_id = queue(antefix, tmp_path)
+    claimed = running.store.jobs.claim("worker", 60)
+    assert claimed is not None
+    assert claimed.id == job_id
+    running.store.jobs.heartbeat(claimed, 60, {"step": 3})
+    assert f"{job_id}\tsums\trunning\tstep 3 of 200" in antefix("jobs").stdout
+    assert antefix("jobs", "cancel", job_id).stdout.endswith("\tcancelling\n")

@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import pytest
+
+from prefix_store.store import Store
+from tests.prefix_store.cli.conftest import Antefix
+
+
+@pytest.fixture
+def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("ANTEFIX_STORE", f"sqlite:///{tmp_path}/store.db")
+    return f"sqlite:///{tmp_path}/store.db"
+
+
+def test_a_new_key_opens_the_store_s_server(antefix: Antefix, url: str) -> None:
+    result = antefix("key", "new", "--tenant", "acme", "--scope", "generate", "--scope", "prefix:read")
+    store = Store.open(url)
+    key = store.keys.authenticate(result.stdout.strip())
+    store.close()
+    assert (key.tenant, key.scopes) == ("acme", {"generate", "prefix:read"})
+
+
+def test_list_shows_no_secret_and_remove_removes(antefix: Antefix, url: str) -> None:
+    presented = antefix("key", "new").stdout.strip()
+    (line,) = antefix("key", "ls").stdout.splitlines()
+    key_id, tenant, scopes = line.split("\t")
+    assert tenant == "default"
+    assert "generate" in scopes
+    assert "admin" not in scopes
+    assert presented.split("_")[2] not in line
+    assert antefix("key", "rm", key_id).exit_code == 0
+    assert antefix("key", "ls").stdout == ""
+    assert "there is no key" in antefix("key", "rm", key_id).stderr
+
+
+def test_what_the_store_refuses_is_one_line(antefix: Antefix, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "scopes must be some of" in antefix("key", "new", "--scope", "everything").stderr
+    assert "tenant" in antefix("key", "new", "--tenant", "No Name").stderr
+    monkeypatch.setenv("ANTEFIX_STORE", "postgres://x")
+    result = antefix("key", "ls")
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)

@@ -1,0 +1,296 @@
+import json
+import threading
+import time
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from prefix_store.errors import Overloaded
+from prefix_store.model.frozen import FrozenModel
+from prefix_store.model.prompt import encode
+from prefix_store.store import Store
+from prefix_store.tenants import DEFAULT_TENANT
+from tests.server import artefacts
+from tests.server.conftest import ANSWER, Serve
+from tests.server.fakes import FakeLoop
+
+PREFIX_LENGTH = 4
+
+
+@pytest.fixture
+def prefix(store: Store, frozen: FrozenModel) -> str:
+    publish(store, frozen)
+    return "support"
+
+
+def publish(store: Store, frozen: FrozenModel, name: str = "support", **changes: Any) -> None:
+    manifest = artefacts.manifest(frozen, PREFIX_LENGTH, **changes)
+    store.prefixes.save(DEFAULT_TENANT, name, manifest, {"self.kv": artefacts.random_kv(frozen, PREFIX_LENGTH)})
+
+
+def events(client: TestClient, **body: Any) -> list[dict[str, Any]]:
+    reply = client.post("/generate", json={"stream": True, **body})
+    assert reply.status_code == 200
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    assert "\r" not in reply.text
+    *blocks, end = reply.text.split("\n\n")
+    assert (blocks.pop(), end) == ("data: [DONE]", "")
+    assert all(block.startswith("data: ") for block in blocks)
+    return [json.loads(block.removeprefix("data: ")) for block in blocks]
+
+
+def error(client: TestClient, **body: Any) -> dict[str, Any]:
+    reply = client.post("/generate", json=body)
+    assert reply.status_code == 400, reply.text
+    found: dict[str, Any] = reply.json()["error"]
+    assert set(found) == {"message", "type", "param", "code"}
+    return found
+
+
+def test_the_whole_reply(client: TestClient, prefix: str, loop: FakeLoop) -> None:
+    reply = client.post("/generate", json={"prompt": "hi", "prefix_id": prefix}).json()
+    assert reply["id"].startswith("gen-")
+    assert (reply["text"], reply["finish_reason"]) == (ANSWER, "stop")
+    assert (reply["prefix"]["id"], reply["prefix"]["version"], len(reply["prefix"]["digest"])) == ("support", 1, 64)
+    assert reply["usage"] == {"prompt_tokens": 3, "completion_tokens": len(ANSWER.encode()), "virtual_tokens": 4}
+    assert 0 < reply["timings"]["time_to_first_token_ms"] <= reply["timings"]["total_ms"]
+    assert "choices" not in reply
+    assert "logprobs" not in reply
+    assert loop.requests[0].prefix.virtual_tokens == PREFIX_LENGTH
+
+
+def test_without_prefix_id_the_bare_model_answers(client: TestClient, loop: FakeLoop) -> None:
+    for body in ({"prompt": "hi"}, {"prompt": "hi", "prefix_id": None}):
+        reply = client.post("/generate", json=body).json()
+        assert reply["prefix"] is None
+        assert reply["usage"]["virtual_tokens"] == 0
+    assert [request.prefix for request in loop.requests] == [None, None]
+
+
+@pytest.mark.parametrize("options", [{}, {"stop": "你"}, {"stop": ["x", "wör"]}, {"max_tokens": 6}, {"echo": True}])
+def test_streamed_and_whole_replies_agree(client: TestClient, prefix: str, options: dict[str, Any]) -> None:
+    body = {"prompt": "hi", "prefix_id": prefix, **options}
+    whole = client.post("/generate", json=body).json()
+    *pieces, last = events(client, **body)
+    assert "".join(piece["text"] for piece in [*pieces, last]) == whole["text"]
+    assert [piece["finish_reason"] for piece in pieces] == [None] * len(pieces)
+    assert all(set(piece) == {"id", "index", "text", "finish_reason"} for piece in pieces)
+    assert {key: last[key] for key in ("finish_reason", "prefix", "usage")} == {
+        key: whole[key] for key in ("finish_reason", "prefix", "usage")
+    }
+    assert "timings" in last
+
+
+def test_a_stop_string_ends_the_text_before_itself_and_the_work(client: TestClient, loop: FakeLoop) -> None:
+    loop.hold.clear()
+    threading.Timer(0.05, loop.hold.set).start()
+    reply = client.post("/generate", json={"prompt": "hi", "stop": "wör"}).json()
+    assert (reply["text"], reply["finish_reason"]) == ("Hällo ", "stop")
+    assert reply["usage"]["completion_tokens"] == len("Hällo wör".encode())
+    assert loop.aborted == [loop.requests[0].id]
+
+
+def test_several_choices_have_seeds_of_their_own(client: TestClient, loop: FakeLoop) -> None:
+    reply = client.post("/generate", json={"prompt": "hi", "n": 3, "seed": 2**63 - 1}).json()
+    assert [request.params.seed for request in loop.requests] == [2**63 - 1, -(2**63), -(2**63) + 1]
+    assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2]
+    assert (reply["text"], reply["finish_reason"]) == (ANSWER, "stop")
+    assert reply["usage"]["prompt_tokens"] == 3
+    assert reply["usage"]["completion_tokens"] == 3 * len(ANSWER.encode())
+
+
+def test_streamed_choices_carry_their_index_and_only_the_last_event_the_usage(client: TestClient) -> None:
+    streamed = events(client, prompt="hi", n=2)
+    for index in (0, 1):
+        assert "".join(event["text"] for event in streamed if event["index"] == index) == ANSWER
+    assert [event for event in streamed if "usage" in event] == streamed[-1:]
+    assert [event["finish_reason"] for event in streamed].count("stop") == 2
+
+
+def test_logprobs_are_four_parallel_lists(client: TestClient) -> None:
+    body = {"prompt": "hi", "logprobs": 2, "echo": True, "max_tokens": 3}
+    reply = client.post("/generate", json=body).json()
+    logprobs = reply["logprobs"]
+    assert reply["text"] == "hiHä"
+    assert logprobs["tokens"][1:4] == ["h", "i", "H"]
+    assert {len(entries) for entries in logprobs.values()} == {6}
+    assert (logprobs["token_logprobs"][0], logprobs["top_logprobs"][0]) == (None, None)
+    assert logprobs["top_logprobs"][3] == {"H": -0.5, "I": -1.5}
+    streamed = [event["logprobs"] for event in events(client, **body) if "logprobs" in event]
+    joined = {key: [entry for part in streamed for entry in part[key]] for key in logprobs}
+    assert joined == logprobs
+
+
+def test_token_ids_are_taken_as_they_are(client: TestClient, frozen: FrozenModel, loop: FakeLoop) -> None:
+    ids = encode(frozen.tokenizer, "hi")[1:]
+    reply = client.post("/generate", json={"prompt": ids, "echo": True}).json()
+    assert loop.requests[0].prompt_ids == tuple(ids)
+    assert reply["text"] == "hi" + ANSWER
+
+
+def test_an_empty_prompt_becomes_bos(client: TestClient, frozen: FrozenModel, loop: FakeLoop) -> None:
+    for prompt in ("", []):
+        client.post("/generate", json={"prompt": prompt})
+    assert [request.prompt_ids for request in loop.requests] == [(frozen.tokenizer.bos_token_id,)] * 2
+
+
+def test_the_template_of_a_prefix_goes_around_text_prompts_only(
+    client: TestClient, store: Store, frozen: FrozenModel, loop: FakeLoop
+) -> None:
+    publish(store, frozen, template="Q: {prompt} A:")
+    client.post("/generate", json={"prompt": "hi", "prefix_id": "support"})
+    client.post("/generate", json={"prompt": [5, 6], "prefix_id": "support"})
+    assert frozen.tokenizer.decode(loop.requests[0].prompt_ids, skip_special_tokens=True) == "Q: hi A:"
+    assert loop.requests[1].prompt_ids == (5, 6)
+
+
+def test_max_tokens_defaults_to_the_room_there_is(client: TestClient, frozen: FrozenModel, loop: FakeLoop) -> None:
+    client.post("/generate", json={"prompt": "hi"})
+    client.post("/generate", json={"prompt": [5] * (frozen.context_length - 10)})
+    client.post("/generate", json={"prompt": [5] * (frozen.context_length + 10)})
+    assert [request.params.max_tokens for request in loop.requests] == [128, 10, 1]
+
+
+def test_sampling_fields_reach_the_engine(client: TestClient, loop: FakeLoop) -> None:
+    asked = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "seed": 3, "ignore_eos": True, "logprobs": 0}
+    before = time.monotonic()
+    client.post("/generate", json={"prompt": "hi", "stop_token_ids": [9], "timeout_s": 5, "user": "u", **asked})
+    (request,) = loop.requests
+    assert {name: getattr(request.params, name) for name in asked} == asked
+    assert request.params.stop_token_ids == {9}
+    assert before + 5 <= request.deadline <= time.monotonic() + 5
+
+
+@pytest.mark.parametrize(
+    ("field", "near"),
+    [("prefix", "prefix_id"), ("prefixid", "prefix_id"), ("max_token", "max_tokens"), ("topp", "top_p")],
+)
+def test_a_misspelt_field_is_refused_with_the_nearest(client: TestClient, field: str, near: str) -> None:
+    found = error(client, prompt="hi", **{field: "x"})
+    assert found["message"] == f"unknown field {field!r}; did you mean {near!r}?"
+    assert found["param"] == field
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": 3}, "prompt"),
+        ({"prompt": [1, True]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [10**9]}, "prompt"),
+        ({"prompt": "x", "prefix_id": ""}, "prefix_id"),
+        ({"prompt": "x", "prefix_id": "No such name"}, "prefix_id"),
+        ({"prompt": "x", "prefix_id": "a@0"}, "prefix_id"),
+        ({"prompt": "x", "max_tokens": "5"}, "max_tokens"),
+        ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "x", "max_tokens": 10**400}, "max_tokens"),
+        ({"prompt": "x", "temperature": -1}, "temperature"),
+        ({"prompt": "x", "temperature": "1"}, "temperature"),
+        ({"prompt": "x", "top_p": 0}, "top_p"),
+        ({"prompt": "x", "stream": 1}, "stream"),
+        ({"prompt": "x", "n": 0}, "n"),
+        ({"prompt": "x", "stop": ""}, "stop"),
+        ({"prompt": "x", "stop": [3]}, "stop"),
+        ({"prompt": "x", "logprobs": 1000}, "logprobs"),
+        ({"prompt": "x", "timeout_s": 0}, "timeout_s"),
+    ],
+)
+def test_a_bad_field_is_400_and_named(client: TestClient, body: dict[str, Any], param: str) -> None:
+    assert error(client, **body)["param"] == param
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"{", b"[]", b'"x"', b"\xff", b'{"prompt": "\\ud800"}', b'{"prompt":"x","temperature":NaN}', b"[" * 100_000],
+)
+def test_a_body_that_is_no_json_object_is_400(client: TestClient, raw: bytes) -> None:
+    reply = client.post("/generate", content=raw, headers={"content-type": "application/json"})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["code"] == "invalid_request"
+
+
+def test_another_content_type_is_400_and_says_which_is_meant(client: TestClient) -> None:
+    for headers in ({}, {"content-type": "text/plain"}, {"content-type": "application/jsonx"}):
+        reply = client.post("/generate", content=b'{"prompt": "x"}', headers=headers)
+        assert reply.status_code == 400
+        assert "application/json" in reply.json()["error"]["message"]
+    utf8 = {"content-type": "Application/JSON; charset=utf-8"}
+    assert client.post("/generate", content=b'{"prompt": "x"}', headers=utf8).status_code == 200
+
+
+def test_an_unknown_prefix_is_404_and_never_the_bare_model(client: TestClient, loop: FakeLoop, prefix: str) -> None:
+    bodies = []
+    for reference in ("nope", "support@2", "support@live", "other/nope", "other/support", "tiny-llama"):
+        reply = client.post("/generate", json={"prompt": "x", "prefix_id": reference})
+        assert reply.status_code == 404
+        bodies.append(reply.text.replace(reference, "…"))
+    assert len(set(bodies)) == 1
+    assert json.loads(bodies[0])["error"]["code"] == "prefix_not_found"
+    assert not loop.requests
+
+
+def test_an_exact_version_can_be_asked_for(client: TestClient, store: Store, frozen: FrozenModel) -> None:
+    publish(store, frozen)
+    publish(store, frozen, template="{prompt}!")
+    versions = [
+        client.post("/generate", json={"prompt": "x", "prefix_id": name}).json()["prefix"]["version"]
+        for name in ("support", "support@1", "default/support@2")
+    ]
+    assert versions == [2, 1, 2]
+
+
+def test_a_prefix_of_a_method_that_is_not_served_is_a_clear_400(
+    client: TestClient, frozen: FrozenModel, store: Store
+) -> None:
+    client.post("/v1/prefixes", data={"id": "plus"}, files={"file": ("x", artefacts.memory(frozen))})
+    found = error(client, prompt="x", prefix_id="plus")
+    assert found["param"] == "prefix_id"
+    assert "prefix_plus" in found["message"]
+
+
+def test_a_server_can_refuse_to_serve_the_bare_model(serve: Serve, prefix: str) -> None:
+    client = serve(require_prefix=True)
+    assert error(client, prompt="x")["param"] == "prefix_id"
+    assert client.post("/generate", json={"prompt": "x", "prefix_id": prefix}).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_full_queue_is_429_with_retry_after(client: TestClient, loop: FakeLoop, stream: bool) -> None:
+    loop.refusal = Overloaded("full")
+    reply = client.post("/generate", json={"prompt": "x", "stream": stream})
+    assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
+
+
+def test_when_one_of_several_choices_is_refused_the_others_are_ended(client: TestClient, loop: FakeLoop) -> None:
+    submit, loop.hold = loop.submit, threading.Event()
+
+    def second_is_refused(request: Any, on_event: Any) -> None:
+        if loop.requests:
+            raise Overloaded("full")
+        submit(request, on_event)
+
+    loop.submit = second_is_refused
+    assert client.post("/generate", json={"prompt": "x", "n": 3}).status_code == 429
+    assert loop.requests[0].id in loop.aborted
+
+
+def test_a_failure_in_the_engine_is_500_or_an_event(client: TestClient, loop: FakeLoop) -> None:
+    loop.failure = "the step broke"
+    reply = client.post("/generate", json={"prompt": "x"})
+    assert reply.status_code == 500
+    assert reply.json()["error"]["code"] == "generation_failed"
+    *pieces, last = events(client, prompt="x")
+    assert "".join(piece["text"] for piece in pieces) == ANSWER
+    assert last == reply.json()
+
+
+def test_a_finished_call_is_counted(client: TestClient) -> None:
+    client.post("/generate", json={"prompt": "x", "n": 2})
+    client.post("/generate", json={"prompt": "x", "max_tokens": 1})
+    text = client.get("/metrics").text
+    assert 'antefix_request_success_total{finished_reason="stop"} 2.0' in text
+    assert 'antefix_request_success_total{finished_reason="length"} 1.0' in text
+    assert "antefix_time_to_first_token_seconds_count 2.0" in text

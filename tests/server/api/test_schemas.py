@@ -1,0 +1,42 @@
+import dataclasses
+
+import pytest
+from pydantic import ValidationError
+
+from prefix_store.errors import InvalidRequest
+from prefix_store.jobs import TrainingSpec
+from server.api.schemas import GenerateBody, TrainBody
+from server.scheduler.sampling_params import SamplingParams
+
+
+def test_null_is_the_same_as_absent() -> None:
+    nulls = {name: None for name in GenerateBody.model_fields if name != "prompt"}
+    assert GenerateBody.model_validate({"prompt": "x", **nulls}) == GenerateBody.model_validate({"prompt": "x"})
+
+
+@pytest.mark.parametrize("value", ["3", 3.0, True, [3]])
+def test_nothing_is_turned_into_another_type(value: object) -> None:
+    with pytest.raises(ValidationError):
+        GenerateBody.model_validate({"prompt": "x", "max_tokens": value})
+
+
+def test_a_whole_number_is_a_number() -> None:
+    assert GenerateBody.model_validate({"prompt": "x", "temperature": 1}).temperature == 1.0
+
+
+def test_a_very_long_unknown_name_is_cut() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        GenerateBody.model_validate({"prompt": "x", "y" * 100_000: 1})
+    assert len(caught.value.message) < 200
+
+
+def test_defaults_are_those_of_the_records() -> None:
+    body, params = GenerateBody.model_validate({"prompt": "x"}), SamplingParams()
+    for name in ("temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos", "logprobs", "echo"):
+        assert getattr(body, name) == getattr(params, name)
+    assert TrainBody.model_validate({"examples": [{"prompt": "a", "completion": "b"}]}).options() == {}
+
+
+def test_every_training_option_can_be_given() -> None:
+    options = {field.name for field in dataclasses.fields(TrainingSpec)} - {"data_digest"}
+    assert set(TrainBody.model_fields) == options

@@ -1,0 +1,109 @@
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from prefix_store.jobs import TrainingSpec
+from prefix_store.model.frozen import FrozenModel
+from prefix_store.store import Store
+
+EXAMPLES = [{"prompt": "2+2=", "completion": "4"}, {"prompt": "", "completion": "ok"}]
+
+
+def train(client: TestClient, name: str = "sums", **options: Any) -> dict[str, Any]:
+    reply = client.post(f"/v1/prefixes/{name}/train", json={"examples": EXAMPLES, **options})
+    assert reply.status_code == 202, reply.text
+    job: dict[str, Any] = reply.json()["job"]
+    return job
+
+
+def test_a_job_is_queued_with_its_examples_and_options(client: TestClient, store: Store) -> None:
+    job = train(client, virtual_tokens=5, steps=7, learning_rate=0.1, seed=None, method="prefix", init_text="Hi")
+    assert job["id"].startswith("ftjob-")
+    assert (job["prefix_id"], job["status"], job["examples"], job["version"]) == ("sums", "queued", 2, None)
+    expected = {"virtual_tokens": 5, "steps": 7, "learning_rate": 0.1, "init_text": "Hi"}
+    assert {name: job["options"][name] for name in expected} == expected
+    assert job["options"]["seed"] == TrainingSpec.seed
+    claimed = store.jobs.claim("worker", 60)
+    assert claimed is not None
+    assert store.jobs.examples(claimed) == EXAMPLES
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "examples"),
+        ({"examples": []}, "examples"),
+        ({"examples": [{"prompt": "a"}]}, "examples"),
+        ({"examples": [{"prompt": "a", "completion": ""}]}, "examples"),
+        ({"examples": [{"prompt": "a", "completion": 3}]}, "examples"),
+        ({"examples": [{"prompt": "a", "completion": "b", "compl": "c"}]}, "compl"),
+        ({"examples": EXAMPLES, "step": 3}, "step"),
+        ({"examples": EXAMPLES, "steps": 0}, "steps"),
+        ({"examples": EXAMPLES, "steps": "3"}, "steps"),
+        ({"examples": EXAMPLES, "steps": 10**400}, "steps"),
+        ({"examples": EXAMPLES, "learning_rate": 1e9}, "learning_rate"),
+        ({"examples": EXAMPLES, "method": "lora"}, "method"),
+        ({"examples": EXAMPLES, "objective": "rl"}, "objective"),
+        ({"examples": EXAMPLES, "virtual_tokens": 4000}, "virtual_tokens"),
+    ],
+)
+def test_what_cannot_be_trained_is_400_and_named(client: TestClient, body: dict[str, Any], param: str) -> None:
+    reply = client.post("/v1/prefixes/sums/train", json=body)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param), reply.text
+    assert client.get("/v1/jobs").json()["data"] == []
+
+
+def test_an_unknown_option_is_named_with_the_nearest(client: TestClient) -> None:
+    reply = client.post("/v1/prefixes/sums/train", json={"examples": EXAMPLES, "virtual_token": 3})
+    assert reply.json()["error"]["message"] == "unknown field 'virtual_token'; did you mean 'virtual_tokens'?"
+
+
+@pytest.mark.parametrize("name", ["Sums", "tiny-llama", "x" * 65])
+def test_the_name_must_be_legal_and_not_the_model_s(client: TestClient, name: str, frozen: FrozenModel) -> None:
+    reply = client.post(f"/v1/prefixes/{name}/train", json={"examples": EXAMPLES})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_name")
+
+
+def test_jobs_are_listed_newest_first_in_pages(client: TestClient) -> None:
+    ids = [train(client)["id"] for _ in range(3)]
+    first = client.get("/v1/jobs", params={"limit": 2}).json()
+    assert ([job["id"] for job in first["data"]], first["has_more"]) == ([ids[2], ids[1]], True)
+    rest = client.get("/v1/jobs", params={"limit": 2, "after": ids[1]}).json()
+    assert ([job["id"] for job in rest["data"]], rest["has_more"]) == ([ids[0]], False)
+
+
+def test_a_running_job_shows_progress_and_events(client: TestClient, store: Store) -> None:
+    job_id = train(client)["id"]
+    claimed = store.jobs.claim("worker", 60)
+    assert claimed is not None
+    store.jobs.heartbeat(claimed, 60, {"step": 3})
+    for step in (1, 2, 3):
+        store.jobs.add_event(claimed, "metrics", {"step": step})
+    shown = client.get(f"/v1/jobs/{job_id}").json()
+    assert (shown["status"], shown["progress"], shown["attempt"]) == ("running", {"step": 3}, 1)
+    page = client.get(f"/v1/jobs/{job_id}/events", params={"limit": 2}).json()
+    assert ([event["data"]["step"] for event in page["data"]], page["has_more"]) == ([1, 2], True)
+    rest = client.get(f"/v1/jobs/{job_id}/events", params={"after": page["data"][-1]["sequence"]}).json()
+    assert [event["data"]["step"] for event in rest["data"]] == [3]
+
+
+def test_cancel(client: TestClient, store: Store) -> None:
+    job_id = train(client)["id"]
+    assert client.post(f"/v1/jobs/{job_id}/cancel").json()["status"] == "cancelled"
+    again = client.post(f"/v1/jobs/{job_id}/cancel")
+    assert (again.status_code, again.headers["x-should-retry"]) == (409, "false")
+    running = train(client)["id"]
+    store.jobs.claim("worker", 60)
+    assert client.post(f"/v1/jobs/{running}/cancel").json()["cancel_requested"] is True
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", ""), ("GET", "/events"), ("POST", "/cancel")])
+def test_an_unknown_job_is_404(client: TestClient, method: str, path: str) -> None:
+    reply = client.request(method, f"/v1/jobs/ftjob-none{path}")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "job_not_found")
+
+
+def test_jobs_are_counted_by_state(client: TestClient) -> None:
+    train(client)
+    assert 'antefix_jobs{state="queued"} 1.0' in client.get("/metrics").text

@@ -1,0 +1,84 @@
+"""An engine loop without an engine: its answers are known beforehand and come from a thread, as the real one's do."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from server.engine.loop import EngineStats
+from server.scheduler.messages import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
+
+Answer = Callable[[GenerationRequest], list[int]]
+
+
+def stats(**numbers: int) -> EngineStats:
+    """All zero but what is given."""
+    return EngineStats(**{**dict.fromkeys(EngineStats.__dataclass_fields__, 0), **numbers})
+
+
+@dataclass
+class FakeLoop:
+    """Answers each request with `answer(request)`, a token an event; `hold` makes it wait until it is set."""
+
+    answer: Answer
+    hold: threading.Event = field(default_factory=threading.Event)
+    refusal: Exception | None = None
+    failure: str | None = None
+    requests: list[GenerationRequest] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.hold.set()
+        self.stopped = False
+
+    def submit(self, request: GenerationRequest, on_event: Callable[[TokenEvent], None]) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        self.requests.append(request)
+        threading.Thread(target=self._run, args=(request, on_event), daemon=True).start()
+
+    def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+
+    def stats(self) -> EngineStats:
+        return stats(running=len(self.requests))
+
+    def stop(self) -> None:
+        self.stopped = True
+        self.hold.set()
+
+    def _run(self, request: GenerationRequest, on_event: Callable[[TokenEvent], None]) -> None:
+        ids = self.answer(request)
+        asked = request.params.max_tokens
+        for index, token_id in enumerate(ids[:asked]):
+            last = index + 1 == asked
+            on_event(
+                TokenEvent(
+                    request.id,
+                    (token_id,),
+                    FinishReason.LENGTH if last else None,
+                    _logprobs(request, token_id),
+                    _prompt_logprobs(request) if index == 0 else None,
+                )
+            )
+            self.hold.wait(10)
+            if request.id in self.aborted:
+                return
+        if self.failure is not None:
+            on_event(TokenEvent(request.id, finish_reason=FinishReason.ERROR, error=self.failure))
+        elif len(ids) < asked:
+            on_event(TokenEvent(request.id, finish_reason=FinishReason.STOP))
+
+
+def _logprobs(request: GenerationRequest, token_id: int) -> tuple[TokenLogprob, ...]:
+    if request.params.logprobs is None:
+        return ()
+    return (TokenLogprob(token_id, -0.5, ((token_id, -0.5), (token_id + 1, -1.5))[: request.params.logprobs]),)
+
+
+def _prompt_logprobs(request: GenerationRequest) -> tuple[TokenLogprob, ...] | None:
+    if request.params.logprobs is None or not request.params.echo:
+        return None
+    first, *rest = request.prompt_ids
+    return (TokenLogprob(first, None), *(TokenLogprob(token_id, -1.0) for token_id in rest))

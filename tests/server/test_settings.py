@@ -1,0 +1,67 @@
+import os
+
+import pytest
+
+from server import settings
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("ANTEFIX_")]:
+        monkeypatch.delenv(name)
+
+
+def test_defaults_need_no_environment() -> None:
+    read = settings.read()
+    assert (read.host, read.port, read.model, read.require_prefix) == ("127.0.0.1", 8000, None, False)
+    assert read.is_loopback
+
+
+def test_every_field_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"PORT": "9", "MODEL": "m", "REQUIRE_PREFIX": "1", "KV_SLOTS": "77", "BLOBS": ""}.items():
+        monkeypatch.setenv(f"ANTEFIX_{name}", value)
+    read = settings.read()
+    assert (read.port, read.model, read.require_prefix, read.kv_slots, read.blobs) == (9, "m", True, 77, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PORT", "x"),
+        ("PORT", "70000"),
+        ("DTYPE", "int8"),
+        ("DEVICE", "tpu"),
+        ("MAX_BATCH", "0"),
+        ("REQUIRE_PREFIX", "?"),
+    ],
+)
+def test_a_bad_value_is_one_line_that_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(f"ANTEFIX_{name}", value)
+    with pytest.raises(SystemExit) as caught:
+        settings.read()
+    message = str(caught.value)
+    assert f"ANTEFIX_{name}='{value}'" in message
+    assert "\n" not in message
+
+
+def test_an_unknown_variable_is_refused_with_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANTEFIX_MODLE", "x")
+    with pytest.raises(SystemExit, match="ANTEFIX_MODLE is not a setting; did you mean ANTEFIX_MODEL"):
+        settings.read()
+
+
+def test_variables_of_the_other_processes_are_let_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in settings.ELSEWHERE:
+        monkeypatch.setenv(name, "1")
+    settings.read()
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False),
+     ("example.org", False)],
+)  # fmt: skip
+def test_only_loopback_addresses_count_as_loopback(host: str, loopback: bool) -> None:
+    assert settings.Settings(host=host).is_loopback is loopback
