@@ -1,0 +1,42 @@
+# The verbs of this project. `make` alone lists them.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+SECTION ?= all
+
+.PHONY: help serve test check bench lint up clean
+
+help:
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+# The stamp is newer than the lock once everything in it is installed.
+.venv/.installed: constraints.txt pyproject.toml docker/install
+	PYTHON=$(PYTHON) docker/install .venv
+	@touch $@
+
+serve: .venv/.installed ## server on 127.0.0.1:8000 and a trainer worker beside it
+	@exec $(BIN)/antefix serve --worker
+
+test: .venv/.installed ## everything that proves correctness
+	$(BIN)/python -m pytest
+
+check: .venv/.installed ## format, lint, types, import rules, README figures, fast tests
+	$(BIN)/ruff format --check .
+	$(MAKE) --no-print-directory lint
+	$(BIN)/python -m tests.bench.figures --check
+	$(BIN)/python -m pytest -m "not slow" -x
+
+lint: .venv/.installed ## ruff, mypy and the import rules
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache | tail -n +1
+
+bench: .venv/.installed ## measurements beside what a user would pick instead (SECTION=…)
+	$(BIN)/python -m tests.bench $(SECTION)
+
+up: ## server and trainer by docker compose
+	docker compose up --build
+
+clean: ## removes the environment, not the store
+	rm -rf .venv

@@ -1,0 +1,44 @@
+"""The README's measured figures, generated from `docs/results`: `python -m tests.bench.figures [--check]`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from tests.bench import results, throughput
+
+README = Path(__file__).parents[2] / "README.md"
+SECTIONS = {throughput.SECTION: throughput}
+BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(\n<!-- end of figures -->)", re.DOTALL)
+
+
+def rendered(text: str) -> str:
+    """The README with every marked block filled from its results file."""
+    return BLOCK.sub(lambda match: match[1] + _figures(match[2]) + match[3], text)
+
+
+def _figures(section: str) -> str:
+    measured = results.read(section)
+    conditions = measured["conditions"]
+    versions = ", ".join(f"{name} {version}" for name, version in conditions["versions"].items())
+    note = f"{conditions['cpu']}, {conditions['threads']} threads; {versions}; commit {conditions['commit']}."
+    return f"{SECTIONS[section].table(measured)}\n\n{note}"
+
+
+def main() -> None:
+    """Rewrites the README, or with --check only says whether it is up to date."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    text = README.read_text()
+    new = rendered(text)
+    if check and new != text:
+        sys.exit("README.md: the figures differ from docs/results; run python -m tests.bench.figures")
+    if not check:
+        README.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
