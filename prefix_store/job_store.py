@@ -14,7 +14,7 @@ from prefix_store.backends.base import Backend
 from prefix_store.backends.blobs import Blobs
 from prefix_store.codec import digest_of
 from prefix_store.errors import InvalidRequest, InvalidTrainingData
-from prefix_store.jobs import Objective, TrainingJob, TrainingSpec
+from prefix_store.jobs import TRAINABLE, Objective, TrainingJob, TrainingSpec
 from prefix_store.prefix import Method, check_name
 
 EXAMPLE_FIELDS = ("prompt", "completion")
@@ -77,7 +77,14 @@ def _spec(data_digest: str, examples: int, options: Mapping[str, Any]) -> Traini
         if name not in OPTIONS:
             raise InvalidRequest(f"unknown training option {name[:40]!r}", param=name[:40])
     chosen = {name: _choice(name, options[name]) for name in CHOICES if name in options}
-    return TrainingSpec(data_digest, examples, **{**options, **chosen})
+    spec = TrainingSpec(data_digest, examples, **{**options, **chosen})
+    if (spec.method, spec.objective) not in TRAINABLE:
+        able = ", ".join(f"{method} with {objective}" for method, objective in sorted(TRAINABLE))
+        raise InvalidRequest(
+            f"method {spec.method} with objective {spec.objective} cannot be trained yet; what can: {able}",
+            param="method" if spec.method not in {method for method, _ in TRAINABLE} else "objective",
+        )
+    return spec
 
 
 def _choice(name: str, value: Any) -> StrEnum:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,9 @@ from typing import Annotated
 import typer
 
 POLL_SECONDS = 0.1
+# The first process answers users, the others share its cores. A fair share would cost it most of its speed, because
+# threads that wait for one another at every layer all wait for the one that was put aside.
+BESIDE_NICENESS = 15
 # Server and worker give what runs a second or two; what has not ended by then does not end by itself.
 STOP_SECONDS = 10.0
 
@@ -37,9 +41,11 @@ class Child:
     process: subprocess.Popen[bytes]
 
     @classmethod
-    def start(cls, module: str) -> Child:
+    def start(cls, module: str, niceness: int) -> Child:
         """Starts it in a session of its own, so that a terminal's Ctrl-C reaches it once, through us."""
-        return cls(module, subprocess.Popen([sys.executable, "-m", module], start_new_session=True))
+        process = subprocess.Popen([sys.executable, "-m", module], start_new_session=True)
+        os.setpriority(os.PRIO_PROCESS, process.pid, os.getpriority(os.PRIO_PROCESS, 0) + niceness)
+        return cls(module, process)
 
 
 def supervise(modules: list[str]) -> int:
@@ -48,7 +54,7 @@ def supervise(modules: list[str]) -> int:
     If another one ended by itself, that is said, and the status is never 0.
     """
     stopping = _Stopping()
-    children = [Child.start(module) for module in modules]
+    children = [Child.start(module, BESIDE_NICENESS if number else 0) for number, module in enumerate(modules)]
     while not stopping.asked and all(child.process.poll() is None for child in children):
         time.sleep(POLL_SECONDS)
     ended = next((child for child in children if child.process.poll() is not None), None)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -53,8 +54,10 @@ class RecordingEngine(Engine):
 
 
 def make_engine(frozen: FrozenModel, backend: str | None = None, **limits: int) -> RecordingEngine:
+    """An engine over a copy of the model, for an engine takes over what it is given."""
     numbers = {"slots": 4096, "rows": 16, "step_tokens": 64, "context_length": 512, "waiting": 1000} | limits
-    engine = RecordingEngine(frozen, Limits(**numbers), backend=backend)
+    copied = replace(frozen, model=copy.deepcopy(frozen.model))
+    engine = RecordingEngine(copied, Limits(**numbers), backend=backend)
     engine.recorded = defaultdict(list)
     return engine
 

@@ -26,11 +26,11 @@ def jobs(store):
 
 
 def test_submitting_queues_a_job(jobs):
-    job = jobs.submit("acme", "support", EXAMPLES, {"steps": 7, "method": "prompt", "objective": "distil"})
+    job = jobs.submit("acme", "support", EXAMPLES, {"steps": 7, "method": "prefix", "objective": "lm"})
     assert re.fullmatch(r"ftjob-[A-Za-z0-9]{24}", job.id)
     assert job == jobs.job("acme", job.id)
     assert (job.status, job.tenant, job.name) == (JobStatus.QUEUED, "acme", "support")
-    assert job.spec == TrainingSpec(job.spec.data_digest, 2, Method.PROMPT, Objective.DISTIL, steps=7)
+    assert job.spec == TrainingSpec(job.spec.data_digest, 2, Method.PREFIX, Objective.LM, steps=7)
 
 
 def test_examples_come_back_as_they_were(jobs):
@@ -82,6 +82,8 @@ def test_bad_examples_are_refused_by_line(jobs, example, message):
         ({"method": ["prefix"]}, "method"),
         ({"objective": "win"}, "objective"),
         ({"init_text": 1}, "init_text"),
+        ({"method": "prompt"}, "method"),
+        ({"objective": "distil"}, "objective"),
     ],
 )
 def test_bad_options_are_refused_by_name(jobs, options, field):

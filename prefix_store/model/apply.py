@@ -1,0 +1,194 @@
+"""What a prefix means to a frozen model: the plain, differentiable reference that training runs and serving must equal.
+
+A prefix enters through one attention function registered with transformers as `antefix_reference`: its keys and values
+stand in front of the row's own, and nothing else of the model changes. It rides through the model as the keyword
+argument `prefix`, so there is no state between calls. A row's first real token stands at the row's own offset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.masking_utils import eager_mask
+
+from prefix_store.errors import ModelUnsupported
+from prefix_store.model.frozen import FrozenModel
+from prefix_store.prefix import Window
+
+NAME = "antefix_reference"
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+# What transformers passes along that has no bearing here: masks and positions are explicit, and nothing is cached.
+_IGNORED = {"dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "is_causal"}
+
+
+@dataclass(frozen=True)
+class PrefixRows:
+    """One KV prefix for each row of a batch, padded on the right to the longest.
+
+    `kv` `[B, L, 2, Hkv, P, D]`, keys as they stand in a cache. `valid` `[B, P]`: false on padding. `offset` `[B]`: the
+    position of the row's first real token. `slides` `[B]`: whether a sliding window may leave the prefix behind.
+    """
+
+    kv: torch.Tensor
+    valid: torch.Tensor
+    offset: torch.Tensor
+    slides: torch.Tensor
+
+    @classmethod
+    def stack(cls, kvs: Sequence[torch.Tensor], offsets: Sequence[int], windows: Sequence[Window]) -> PrefixRows:
+        """Rows of prefixes of any lengths, each `[L, 2, Hkv, P, D]`; a row without a prefix has P = 0 and offset 0."""
+        device, longest = kvs[0].device, max(kv.shape[3] for kv in kvs)
+        lengths = torch.tensor([kv.shape[3] for kv in kvs], device=device)
+        padded = [torch.nn.functional.pad(kv, (0, 0, 0, longest - kv.shape[3])) for kv in kvs]
+        return cls(
+            kv=torch.stack(padded),
+            valid=torch.arange(longest, device=device) < lengths[:, None],
+            offset=torch.tensor(offsets, device=device),
+            slides=torch.tensor([window is Window.SLIDES for window in windows], device=device),
+        )
+
+    @classmethod
+    def shared(cls, kv: torch.Tensor, rows: int, offset: int, window: Window) -> PrefixRows:
+        """The same prefix `[L, 2, Hkv, P, D]` for every row, without a copy."""
+        device = kv.device
+        return cls(
+            kv=kv.expand(rows, *kv.shape),
+            valid=torch.ones(rows, kv.shape[3], dtype=torch.bool, device=device),
+            offset=torch.full((rows,), offset, device=device),
+            slides=torch.full((rows,), window is Window.SLIDES, device=device),
+        )
+
+    def visible(self, real_index: torch.Tensor, sliding_window: int | None) -> torch.Tensor:
+        """`[B, T, P]`: which prefix slots each token sees; `real_index` `[B, T]` counts the real tokens before it.
+
+        Slot p of a row that slides is seen by real token i iff (P + i) - p < window, as a cached token would be.
+        """
+        valid = self.valid[:, None, :].expand(-1, real_index.shape[1], -1)
+        if sliding_window is None:
+            return valid
+        slots = torch.arange(valid.shape[2], device=valid.device)
+        lengths = self.valid.sum(1)
+        distance = (lengths[:, None] + real_index)[:, :, None] - slots
+        return valid & ((distance < sliding_window) | ~self.slides[:, None, None])
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """What attention is given in one forward; `real_index` `[B, T]` counts the real tokens before each token."""
+
+    prefixes: PrefixRows
+    real_index: torch.Tensor
+
+
+def attach(frozen: FrozenModel) -> FrozenModel:
+    """Makes every attention of the model the reference's, for good, and returns the same frozen model.
+
+    Raises ModelUnsupported, and changes nothing, unless a probe shows that a prefix reaches every layer.
+    """
+    before = frozen.model.config._attn_implementation
+    if before == NAME:
+        return frozen
+    strange = set(getattr(frozen.model.config.get_text_config(), "layer_types", None) or ()) - LAYER_TYPES
+    if strange:
+        raise ModelUnsupported(f"layers of type {', '.join(sorted(strange))} cannot take a prefix yet")
+    frozen.model.set_attn_implementation(NAME)
+    if frozen.model.config._attn_implementation != NAME:
+        raise ModelUnsupported(f"{frozen.geometry.family} does not let its attention be replaced")
+    try:
+        deaf = _deaf_layers(frozen)
+        if deaf:
+            raise ModelUnsupported(f"{frozen.geometry.family}: a prefix does not reach the attention of layers {deaf}")
+    except Exception:
+        frozen.model.set_attn_implementation(before)
+        raise
+    return frozen
+
+
+@torch.enable_grad()
+def _deaf_layers(frozen: FrozenModel) -> list[int]:
+    """Layers whose part of a prefix has no influence on the logits; the gradient tells."""
+    layers, two, heads, dim = frozen.geometry.kv_shape
+    generator = torch.Generator().manual_seed(0)
+    kv = torch.randn(layers, two, heads, 2, dim, generator=generator).to(frozen.device).requires_grad_()
+    ids = torch.zeros(1, 2, dtype=torch.long, device=frozen.device)
+    output = logits(frozen, ids, torch.ones_like(ids), PrefixRows.shared(kv, 1, 2, Window.ALWAYS))
+    if not output.requires_grad:
+        return list(range(layers))
+    (gradient,) = torch.autograd.grad(output.float().logsumexp(-1).sum(), kv)
+    return [layer for layer in range(layers) if not gradient[layer].any()]
+
+
+def logits(
+    frozen: FrozenModel, ids: torch.Tensor, real_mask: torch.Tensor, prefixes: PrefixRows | None
+) -> torch.Tensor:
+    """`[B, T, V]` for `ids` `[B, T]`, padded on either side where `real_mask` `[B, T]` is 0; has gradients."""
+    if frozen.model.config._attn_implementation != NAME:
+        raise RuntimeError("attach the frozen model to the reference first")
+    real_index = (real_mask.long().cumsum(1) - 1).clamp(min=0)
+    offset = 0 if prefixes is None else prefixes.offset[:, None]
+    output = frozen.model(
+        input_ids=ids,
+        attention_mask=real_mask,
+        position_ids=offset + real_index,
+        use_cache=False,
+        prefix=_Forward(prefixes, real_index) if prefixes is not None else None,
+    )
+    result: torch.Tensor = output.logits
+    return result
+
+
+@torch.no_grad()
+def prefill_kv(frozen: FrozenModel, ids: Sequence[int]) -> torch.Tensor:
+    """Canonical KV `[L, 2, Hkv, P, D]` in float32 of P real tokens at positions 0 to P - 1."""
+    # a cache made from the config would keep no more than the window of a sliding layer
+    cache: Any = DynamicCache()
+    frozen.model(torch.tensor([ids], device=frozen.device), past_key_values=cache, use_cache=True)
+    return torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]).float()
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    *,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    prefix: _Forward | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention face: query `[B, Hq, T, D]`, key and value `[B, Hkv, S, D]`, added mask `[B, 1, T, S]`.
+
+    Prefix-Tuning (Li & Liang 2021): o = softmax(q [K_prefix; K]^T * scaling) [V_prefix; V]. Returns `[B, T, Hq, D]`.
+    Raises ModelUnsupported on anything that would change the result and that is not understood here.
+    """
+    strange = sorted(name for name, given in others.items() if given is not None and name not in _IGNORED)
+    if strange:
+        raise ModelUnsupported(f"the model's attention uses {', '.join(strange)}, which a prefix cannot share yet")
+    if prefix is not None:
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        kv = prefix.prefixes.kv[:, layer].to(key.dtype)
+        key, value = torch.cat([kv[:, 0], key], dim=2), torch.cat([kv[:, 1], value], dim=2)
+        attention_mask = torch.cat([_mask(prefix, sliding_window, attention_mask.dtype), attention_mask], dim=3)
+    queries_per_key = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(queries_per_key, dim=1).transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = torch.softmax(scores + attention_mask, dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value.repeat_interleave(queries_per_key, dim=1)).transpose(1, 2).contiguous(), None
+
+
+def _mask(prefix: _Forward, sliding_window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """`[B, 1, T, P]`, added to scores: 0 where a prefix slot is seen."""
+    hidden = ~prefix.prefixes.visible(prefix.real_index, sliding_window)
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)[:, None]
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, eager_mask)

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import T5Config
+
+from prefix_store.errors import ModelUnsupported
+from prefix_store.model import frozen
+from tests.models import CONTEXT, FAMILIES, save_tiny, tiny_frozen, tiny_model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_tiny("llama", tmp_path / "tiny")
+
+
+@pytest.mark.parametrize(("family", "kv_heads", "head_dim"), [("gpt2", 6, 8), ("llama", 2, 8), ("qwen3", 2, 16)])
+def test_geometry_is_read_off_the_cache(family, kv_heads, head_dim):
+    geometry = tiny_frozen(family).geometry
+    assert (geometry.family, geometry.layers, geometry.query_heads) == (family, 3, 6)
+    assert (geometry.kv_heads, geometry.head_dim, geometry.hidden_size) == (kv_heads, head_dim, 48)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_frozen_model_wants_no_gradients_and_drops_nothing_out(family):
+    model = tiny_frozen(family)
+    assert not model.model.training
+    assert not any(parameter.requires_grad for parameter in model.model.parameters())
+    assert model.context_length == CONTEXT
+
+
+def test_a_loaded_folder_is_the_model_that_was_saved(folder):
+    loaded = frozen.load(folder, name="mine")
+    ids = torch.arange(2, 12)[None]
+    assert loaded.name == "mine"
+    assert (loaded.device, loaded.dtype) == (torch.device("cpu"), torch.float32)
+    assert torch.equal(loaded.model(ids).logits, tiny_model("llama")(ids).logits)
+    assert loaded.tokenizer.decode(loaded.tokenizer("é!").input_ids, skip_special_tokens=True) == "é!"
+
+
+def test_a_folder_names_its_model_unless_told(folder):
+    assert frozen.load(folder).name == "tiny"
+
+
+def test_the_digest_follows_weights_and_config_alone(folder, tmp_path):
+    before = frozen.digest_of(folder)
+    (folder / "README.md").write_text("words")
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert frozen.digest_of(folder) == before
+    other = save_tiny("llama", tmp_path / "other", seed=1)
+    assert frozen.digest_of(other) != before
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    assert frozen.digest_of(folder) != before
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(ModelUnsupported, match="no such folder"):
+        frozen.load(tmp_path / "absent")
+
+
+def test_an_encoder_decoder_model_is_refused(tmp_path):
+    T5Config(num_layers=1, d_model=8).save_pretrained(tmp_path)
+    with pytest.raises(ModelUnsupported, match="encoder-decoder"):
+        frozen.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", frozen.BATCH_DEPENDENT_ROPE)
+def test_positions_that_depend_on_the_batch_are_refused(folder, kind):
+    config = json.loads((folder / "config.json").read_text())
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}
+    (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    with pytest.raises(ModelUnsupported, match="neighbours"):
+        frozen.load(folder)

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import socket
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from tests.models import save_tiny
+from trainer import __main__ as program
+from trainer.settings import Settings
+
+
+def test_a_taken_metrics_port_costs_only_the_metrics(capsys):
+    with socket.socket() as taken:
+        taken.bind((program.METRICS_HOST, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        program.serve_metrics(port, CollectorRegistry())
+    assert f"no metrics: port {port} cannot be opened" in capsys.readouterr().out
+
+
+def test_port_zero_is_no_metrics(capsys):
+    program.serve_metrics(0, CollectorRegistry())
+    assert capsys.readouterr().out == ""
+
+
+def test_the_start_line_says_what_is_trained_and_where_jobs_come_from(tmp_path, capsys):
+    folder = save_tiny("llama", tmp_path / "tiny")
+    store = f"sqlite:///{tmp_path}/store.db"
+    registry = CollectorRegistry()
+    worker = program.make_worker(Settings(model=str(folder), store=store, device="cpu"), registry)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"antefix worker: {worker.name} trains tiny (")
+    assert line.endswith(f"in float32 on cpu, jobs from {store}")
+    assert worker.run_until_empty() == 0
+    assert registry.get_sample_value("antefix_worker_steps_total") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("ANTEFIX_MODEL", "/absent", "no such folder"),
+        ("ANTEFIX_STORE", "redis+odd://user:secret@host", "store address"),
+    ],
+)
+def test_what_cannot_be_opened_is_said_in_one_line(variable, value, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ANTEFIX_STORE", f"sqlite:///{tmp_path}/store.db")
+    monkeypatch.setenv(variable, value)
+    assert program.main() == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert words in line
+    assert "secret" not in line

@@ -1,0 +1,110 @@
+"""One claimed job: from its examples to its published prefix."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from itertools import chain
+
+from prefix_store.errors import ContextLengthExceeded, StoreUnavailable
+from prefix_store.jobs import TrainingSpec
+from prefix_store.model.frozen import FrozenModel
+from prefix_store.prefix import PrefixVersion
+from prefix_store.store import Store
+from trainer import data
+from trainer.data import Batch, Example
+from trainer.evaluate import nats_per_token
+from trainer.lease import Lease
+from trainer.loop import Fit, Progress, fit, is_due
+from trainer.methods import METHODS
+from trainer.methods.base import TuningMethod
+
+LINES, POINTS = 10, 100  # a run: lines printed, points of its loss curve
+ROOM_LEAST = 2  # a token to predict from and one to predict
+
+
+class JobRun:
+    """Trains under a lease, tells how it goes, and publishes. Every step first asks the lease whether to go on."""
+
+    def __init__(
+        self, store: Store, frozen: FrozenModel, lease: Lease, say: Callable[[str], None], on_step: Callable[[], None]
+    ) -> None:
+        self._store, self._frozen, self._lease = store, frozen, lease
+        self._say, self._on_step = say, on_step
+        self._job, self._spec = lease.job, lease.job.spec
+
+    def publish(self) -> PrefixVersion:
+        """Trains the prefix and saves it as the next version of its name.
+
+        Raises what the lease raises, InvalidTrainingData, InvalidRequest, ModelUnsupported, FloatingPointError and
+        StoreUnavailable.
+        """
+        room = room_for_text(self._spec, self._frozen.context_length)
+        examples = data.tokenize(self._frozen.tokenizer, self._store.jobs.examples(self._job), room)
+        parts = data.split(examples, self._spec.seed)
+        self._tell(
+            f"training on {len(parts.train)} examples, validating on {len(parts.valid)}, up to {room} tokens an example"
+        )
+        text = chain.from_iterable(example.ids for example in parts.train)
+        method = METHODS[self._spec.method](self._frozen, self._spec, text)
+        validate = partial(self._validate, method, parts.valid) if parts.valid else None
+        result = fit(self._frozen, method, parts.train, self._spec, validate=validate, on_progress=self._hear)
+        self._tell(summary(result))
+        job = self._job
+        return self._store.prefixes.save(job.tenant, job.name, method.manifest(), result.tensors, job=job)
+
+    def _validate(self, method: TuningMethod, examples: list[Example]) -> float:
+        return nats_per_token(self._frozen, method.rows, self._batches(examples))
+
+    def _batches(self, examples: list[Example]) -> Iterator[Batch]:
+        for batch in data.batches(examples, self._spec.batch_size):
+            self._lease.check()
+            yield batch
+
+    def _hear(self, progress: Progress) -> None:
+        self._lease.check()
+        self._on_step()
+        self._lease.progress = dataclasses.asdict(progress)
+        if is_due(progress.step, progress.total_steps, LINES):
+            self._say(f"{self._job.id}: {line(progress)}")
+            self._lease.beat()
+        if progress.valid_loss is not None or is_due(progress.step, progress.total_steps, POINTS):
+            self._add_event("metrics", self._lease.progress)
+
+    def _tell(self, message: str) -> None:
+        self._say(f"{self._job.id}: {message}")
+        self._add_event("message", {"message": message})
+
+    def _add_event(self, kind: str, content: dict[str, object]) -> None:
+        # a gap in the history is no reason to end a run
+        with suppress(StoreUnavailable):
+            self._store.jobs.add_event(self._job, kind, content)
+
+
+def room_for_text(spec: TrainingSpec, context_length: int) -> int:
+    """Tokens of an example that fit behind the prefix. Raises ContextLengthExceeded where nothing would."""
+    room = min(spec.max_length, context_length - spec.virtual_tokens)
+    if room < ROOM_LEAST:
+        raise ContextLengthExceeded(
+            f"{spec.virtual_tokens} virtual tokens leave no room in a context of {context_length}",
+            param="virtual_tokens",
+        )
+    return room
+
+
+def line(progress: Progress) -> str:
+    """A step for people to read."""
+    valid = f", validation {progress.valid_loss:.3f}" if progress.valid_loss is not None else ""
+    return (
+        f"step {progress.step}/{progress.total_steps}, loss {progress.train_loss:.3f}{valid}, "
+        f"{progress.tokens_per_second:,.0f} tokens/s, {progress.seconds_left:.0f} s left"
+    )
+
+
+def summary(result: Fit) -> str:
+    """What was gained, for people to read."""
+    if result.valid_loss is None:
+        return f"keeping step {result.step}; too few examples to validate on"
+    return f"keeping step {result.step}: validation loss {result.start_loss:.3f} before, {result.valid_loss:.3f} after"
