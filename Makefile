@@ -19,13 +19,13 @@ serve: .venv/.installed ## server on 127.0.0.1:8000 and a trainer worker beside 
 	@exec $(BIN)/antefix serve --worker
 
 test: .venv/.installed ## everything that proves correctness
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: .venv/.installed ## format, lint, types, import rules, README figures, fast tests
 	$(BIN)/ruff format --check .
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m tests.bench.figures --check
-	$(BIN)/python -m pytest -m "not slow" -x
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: .venv/.installed ## ruff, mypy and the import rules
 	$(BIN)/ruff check .

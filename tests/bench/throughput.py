@@ -72,7 +72,7 @@ def same_tokens(ours: Tokens, theirs: Tokens, requests: Sequence[Item], peft: Pe
 
 def table(measured: dict[str, Any]) -> str:
     """The section as the README shows it."""
-    lines = ["| on workload W | tokens/s (median of 3) | antefix is |", "|---|---|---|"]
+    lines = ["| on workload W | tokens/s (median of 3 runs) | antefix is |", "|---|---|---|"]
     ours = "antefix, mixed prefixes"
     against = dict(zip(list(measured["median"])[1:], measured["ratios"].values(), strict=True))
     for name, rate in measured["median"].items():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
+from _pytest.mark import ParameterSet
 from transformers import DynamicCache, PreTrainedModel
 
 from prefix_store.model.frozen import FrozenModel
@@ -21,6 +23,15 @@ from server.scheduler.scheduler import Limits
 
 # About 1e-5 is what float32 sums in another order give; a wrong position or neighbour is off by whole units.
 TOLERANCE = 5e-5
+
+
+# The families that the fast tests run; all the others are slow.
+SAMPLE = ("gpt2", "llama")
+
+
+def sampled(families: Iterable[str]) -> list[ParameterSet]:
+    """Every family, as parameters of a test."""
+    return [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow) for name in families]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from tests.parity.harness import (
     plain_logits,
     request,
     run_mixed,
+    sampled,
     worst_difference,
 )
 
@@ -45,7 +46,7 @@ def payloads(cases: list[Case]) -> list[PrefixPayload | None]:
     return [payload(case.kv, f"length {case.kv.shape[3]}") if case.kv is not None else None for case in cases]
 
 
-@pytest.fixture(scope="module", name="family", params=[*FAMILIES, "stories260K"])
+@pytest.fixture(scope="module", name="family", params=sampled([*FAMILIES, "stories260K"]))
 def each_family(request: pytest.FixtureRequest) -> Family:
     """The family's name, a model to serve, cases, and what plain transformers says of each."""
     if request.param == "stories260K":
