@@ -35,8 +35,12 @@ lint: .venv/.installed ## ruff, mypy and the import rules
 bench: .venv/.installed ## measurements beside what a user would pick instead (SECTION=…)
 	$(BIN)/python -m tests.bench $(SECTION)
 
-up: ## server and trainer by docker compose
-	docker compose up --build
+up: ## server and trainer by docker compose, with an API key in .antefix/compose.key
+	docker compose build
+	@test -s .antefix/compose.key || { mkdir -p .antefix && umask 077 && docker compose run --rm -T server \
+	  antefix key new --tenant default --scope admin > .antefix/compose.new && mv .antefix/compose.new .antefix/compose.key; }
+	docker compose up --detach
+	@echo "antefix comes up at http://127.0.0.1:8000; its first key is in .antefix/compose.key"
 
 clean: ## removes the environment, not the store
 	rm -rf .venv

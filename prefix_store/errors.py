@@ -20,6 +20,7 @@ AntefixError
 ├── StoreCorrupt                 stored bytes do not match their digest
 ├── ModelUnsupported             a model that cannot be served right
 └── GenerationFailed             the engine could not finish a request
+    └── ShuttingDown             this server takes no more requests; another one, or a later one, does
 """
 
 from __future__ import annotations
@@ -149,3 +150,9 @@ class GenerationFailed(AntefixError):
     """The engine could not finish a request; trying again is safe."""
 
     code = "generation_failed"
+
+
+class ShuttingDown(GenerationFailed):
+    """This server takes no more requests; another one, or a later one, does."""
+
+    code = "shutting_down"

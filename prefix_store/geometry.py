@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +31,6 @@ class ModelGeometry:
     def kv_numbers_per_token(self) -> int:
         """Keys and values of one token over all layers, in numbers (not bytes)."""
         return 2 * self.layers * self.kv_heads * self.head_dim
-
-    def fingerprint(self) -> str:
-        """Stable short hash: two models with equal geometry have equal fingerprints."""
-        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def differences(self, other: ModelGeometry) -> list[str]:
         """What `other` has that this one does not expect, as 'layers: expected 12, got 24'."""

@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,11 +15,13 @@ import uvicorn
 from fastapi import FastAPI
 
 from prefix_store import codec
-from prefix_store.errors import AntefixError
+from prefix_store.errors import AntefixError, InvalidPrefix, StoreCorrupt
 from prefix_store.model import frozen as models
 from prefix_store.model.frozen import FrozenModel
+from prefix_store.prefix import PrefixVersion
 from prefix_store.store import Store
 from prefix_store.tenants import DEFAULT_TENANT
+from prefix_store.tensors import check_fits
 from server import welcome
 from server.app import create_app
 from server.engine.engine import Engine, choose_slots
@@ -32,6 +35,8 @@ BUNDLED_PREFIXES = models.BUNDLED.parent / "prefixes"
 CPU_POOL_SHARE, GPU_POOL_SHARE, LOADED_PREFIXES_SHARE = 0.25, 0.85, 0.125
 # What running requests get to finish in once the server was told to stop.
 SHUTDOWN_SECONDS = 1
+# Prefixes read at the start to find some that fit.
+LOOKED_AT = 50
 
 
 def serve(chosen: Settings) -> None:
@@ -65,7 +70,7 @@ def _serve(chosen: Settings) -> None:
     )
     loop.start()
     address = f"http://{_bracketed(chosen.host)}:{listener.getsockname()[1]}"
-    prefixes = store.prefixes.page(DEFAULT_TENANT, limit=welcome.SHOWN + 1)
+    prefixes = fitting(store, frozen)
     free_slots = engine.scheduler.slots.total - engine.scheduler.slots.used
     _run(app, listener, loop, lambda: _say(welcome.text(address, frozen, prefixes, free_slots, open_mode=open_mode)))
 
@@ -112,9 +117,24 @@ def seed(store: Store, folder: Path) -> None:
             store.prefixes.save(DEFAULT_TENANT, path.stem, *codec.decode(path))
 
 
+def fitting(store: Store, frozen: FrozenModel) -> list[PrefixVersion]:
+    """The default tenant's first prefixes that this model can serve; the store may hold another model's too."""
+    found: list[PrefixVersion] = []
+    for version in store.prefixes.page(DEFAULT_TENANT, limit=LOOKED_AT):
+        with suppress(InvalidPrefix, StoreCorrupt):
+            manifest, _ = store.prefixes.read(version)
+            check_fits(manifest, frozen.geometry, frozen.digest, frozen.context_length)
+            found.append(version)
+        if len(found) > welcome.SHOWN:
+            break
+    return found
+
+
 def _start_engine(chosen: Settings, frozen: FrozenModel) -> Engine:
     _say("self-test: comparing the engine with the plain model …")
     slots = chosen.kv_slots or choose_slots(frozen, chosen.max_batch, _pool_budget(frozen.device))
+    if slots < frozen.context_length:
+        raise SystemExit(f"antefix: ANTEFIX_KV_SLOTS={slots} is less than the model's context, {frozen.context_length}")
     limits = Limits(slots, chosen.max_batch, chosen.step_tokens, frozen.context_length, chosen.max_waiting)
     return Engine(frozen, limits)
 

@@ -33,11 +33,6 @@ class Blobs:
         """Keeps the bytes durably and returns their digest."""
         return self._put([data])
 
-    def put_file(self, source: Path) -> str:
-        """Keeps a copy of the file durably and returns its digest."""
-        with source.open("rb") as file:
-            return self._put(iter(lambda: file.read(_CHUNK), b""))
-
     def path(self, digest: str) -> Path:
         """Where the blob is, if it is kept; its content is not checked."""
         if not _DIGEST.fullmatch(digest):

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 POLL_SECONDS = 0.1
+RESTART_SECONDS, RESTART_SECONDS_MOST = 1.0, 60.0
 # The first process answers users, the others share its cores. A fair share would cost it most of its speed, because
 # threads that wait for one another at every layer all wait for the one that was put aside.
 BESIDE_NICENESS = 15
@@ -49,29 +50,53 @@ class Child:
 
 
 def supervise(modules: list[str]) -> int:
-    """Runs the modules until one ends or we are told to stop, then stops all; the exit status of the first.
+    """Runs the modules until the first ends or we are told to stop, then stops all; the exit status of the first.
 
-    If another one ended by itself, that is said, and the status is never 0.
+    Another one that ends by itself is started again, each time after twice as long: a trainer that dies of its job
+    must not end serving.
     """
     stopping = _Stopping()
     children = [Child.start(module, BESIDE_NICENESS if number else 0) for number, module in enumerate(modules)]
-    while not stopping.asked and all(child.process.poll() is None for child in children):
+    restarts: dict[str, Restart] = {}
+    while not stopping.asked and children[0].process.poll() is None:
+        for number, child in enumerate(children[1:], start=1):
+            if child.process.poll() is not None:
+                children[number] = restarts.setdefault(child.module, Restart()).after(child)
         time.sleep(POLL_SECONDS)
-    ended = next((child for child in children if child.process.poll() is not None), None)
-    if ended is not None and not stopping.asked and len(children) > 1:
-        typer.echo(f"antefix: {ended.module} ended ({_how(ended)}); stopping the rest", err=True)
+    if not stopping.asked and len(children) > 1:
+        typer.echo(f"antefix: {children[0].module} ended ({_how(children[0])}); stopping the rest", err=True)
     _stop(children)
-    status = _status(children[0])
-    return status if ended in (None, children[0]) or stopping.asked else status or 1
+    return _status(children[0])
+
+
+@dataclass
+class Restart:
+    """When a child that has ended is started again."""
+
+    delay: float = RESTART_SECONDS
+    due: float | None = None
+
+    def after(self, child: Child) -> Child:
+        """The same child until it is due, then a new one."""
+        now = time.monotonic()
+        if self.due is None:
+            typer.echo(f"antefix: {child.module} ended ({_how(child)}); again in {self.delay:g} s", err=True)
+            self.due, self.delay = now + self.delay, min(2 * self.delay, RESTART_SECONDS_MOST)
+        if now < self.due:
+            return child
+        self.due = None
+        return Child.start(child.module, BESIDE_NICENESS)
 
 
 class _Stopping:
-    """Notes SIGINT and SIGTERM instead of dying of them."""
+    """Notes SIGINT, SIGTERM and a closed terminal's SIGHUP instead of dying of them."""
 
     def __init__(self) -> None:
         self.asked = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup asks to outlive the terminal
+            signal.signal(signal.SIGHUP, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True

@@ -168,7 +168,9 @@ def attention(
     Prefix-Tuning (Li & Liang 2021): o = softmax(q [K_prefix; K]^T * scaling) [V_prefix; V]. Returns `[B, T, Hq, D]`.
     Raises ModelUnsupported on anything that would change the result and that is not understood here.
     """
-    strange = sorted(name for name, given in others.items() if given is not None and name not in _IGNORED)
+    strange = sorted(
+        name for name, given in others.items() if name not in _IGNORED and given is not None and given is not False
+    )
     if strange:
         raise ModelUnsupported(f"the model's attention uses {', '.join(strange)}, which a prefix cannot share yet")
     if prefix is not None:

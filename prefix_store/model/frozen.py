@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # These rotate every row of a packed batch by the longest row's length, so a row would depend on its neighbours.
 BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _WEIGHTS = (".safetensors", ".bin")
+_TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,13 @@ def _folder(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+        fetched = Path(snapshot_download(str(source), allow_patterns=[*_TEXT_FILES, "*.safetensors"]))
+        if not list(fetched.glob("*.safetensors")):  # older repositories, loaded with weights_only
+            fetched = Path(snapshot_download(str(source), allow_patterns=[*_TEXT_FILES, "pytorch_model*.bin"]))
+        return fetched
     except Exception as error:
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise ModelUnsupported(
-            f"{str(source)!r} is neither a folder nor a hub model that can be fetched{offline}: {error}"
+            f"{str(source)!r} is neither a folder nor a hub model that can be fetched: {error}"
         ) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
 
 import structlog
 from anyio import to_thread
@@ -12,6 +13,7 @@ from fastapi import Depends, Request
 from prefix_store.errors import Forbidden, Unauthorized
 from prefix_store.tenants import DEFAULT_TENANT, ApiKey
 from server.api.services import Serving
+from server.loopback import is_loopback
 
 if TYPE_CHECKING:
     from prefix_store.key_store import KeyStore
@@ -48,12 +50,14 @@ class Gate:
         self._keys = keys
         self._open = is_loopback
 
-    def admit(self, presented: str | None, scope: str) -> Caller:
-        """The caller behind a presented key. Blocking. Raises Unauthorized or Forbidden."""
+    def admit(self, request: Request, scope: str) -> Caller:
+        """The caller behind a request's key. Blocking. Raises Unauthorized or Forbidden."""
         if self._open:
             self._open = not self._keys.any()
         if self._open:
+            _refuse_web_pages(request)
             return Caller(DEFAULT_TENANT)
+        presented = presented_key(request)
         key = self._find(presented)
         if not key.allows(scope):
             raise Forbidden(f"this API key lacks the scope {scope!r}")
@@ -63,6 +67,19 @@ class Gate:
         if presented is None:
             raise Unauthorized("an API key is needed: Authorization: Bearer afx_… or x-api-key: afx_…")
         return self._keys.authenticate(presented)
+
+
+def _refuse_web_pages(request: Request) -> None:
+    """Raises Forbidden for what a browser sends on behalf of a page from elsewhere, which needs no key to do so.
+
+    A foreign name in Host is a page that has pointed its own name at this machine (DNS rebinding).
+    """
+    host = request.url.hostname or ""
+    origin = request.headers.get("origin")
+    foreign_page = origin is not None and urlsplit(origin).netloc != request.headers.get("host")
+    crossing = request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
+    if foreign_page or crossing or not is_loopback(host):
+        raise Forbidden("this server has no API keys, so it does not answer web pages from elsewhere")
 
 
 def presented_key(request: Request) -> str | None:
@@ -77,7 +94,7 @@ async def authorise(request: Request, services: Serving) -> Caller | None:
     if path in OPEN:
         return None
     scope = SCOPES.get((request.method, path), "admin")
-    caller = await to_thread.run_sync(services.gate.admit, presented_key(request), scope)
+    caller = await to_thread.run_sync(services.gate.admit, request, scope)
     structlog.contextvars.bind_contextvars(tenant=caller.tenant, key=caller.key_id)
     return caller
 

@@ -28,6 +28,7 @@ TABLE: dict[type[AntefixError], tuple[int, str]] = {
     errors.Overloaded: (429, RATE_LIMIT),
     errors.StoreUnavailable: (503, SERVER),
     errors.GenerationFailed: (500, SERVER),
+    errors.ShuttingDown: (503, SERVER),
 }
 HEADERS = {
     401: {"www-authenticate": "Bearer"},

@@ -22,8 +22,8 @@ async def healthy() -> dict[str, str]:
 
 @router.get("/readyz")
 async def ready(services: Serving) -> Response:
-    """Whether requests can be served. No request arrives before the model is loaded, so only the store is asked."""
-    state = {"model": True, "store": await to_thread.run_sync(_store_answers, services)}
+    """Whether requests can be served. No request arrives before the model is loaded, but its engine may have failed."""
+    state = {"model": services.loop.is_alive, "store": await to_thread.run_sync(_store_answers, services)}
     return JSONResponse(state, 200 if all(state.values()) else 503)
 
 

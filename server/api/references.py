@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from prefix_store.errors import InvalidName, PrefixNotFound
+from prefix_store.errors import InvalidName, InvalidPrefix, PrefixNotFound
 from prefix_store.prefix import PrefixRef, PrefixVersion, check_name
 from server.api.auth import Caller
 from server.api.services import Services
@@ -44,7 +44,10 @@ def resolve(services: Services, text: str, caller: Caller) -> PrefixVersion:
 def load(services: Services, text: str, caller: Caller) -> ServedPrefix:
     """The prefix behind a reference, ready for the engine. Blocking. Raises also what `PrefixLoader.load` raises."""
     version = resolve(services, text, caller)
-    loaded = services.loader.load(version)
+    try:
+        loaded = services.loader.load(version)
+    except InvalidPrefix as error:
+        raise type(error)(error.message, param="prefix_id") from None
     return ServedPrefix(version, loaded.payload, loaded.template)
 
 

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 def event(data: dict[str, Any]) -> bytes:
     """One event."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 class EventStream(Response):

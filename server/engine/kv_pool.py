@@ -18,6 +18,11 @@ class KVPool:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
+    @property
+    def slots(self) -> int:
+        """S: how many tokens have a place."""
+        return self.keys.shape[1]
+
     def apply(self, transfer: Load | Move) -> None:
         """Carries out one transfer of a plan."""
         if isinstance(transfer, Load):

@@ -8,12 +8,13 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from prefix_store.errors import GenerationFailed
+from prefix_store.errors import ShuttingDown
 from server.engine.engine import Engine
 from server.scheduler.messages import FinishReason, GenerationRequest, TokenEvent
 from server.scheduler.plan import StepPlan
 
 EventSink = Callable[[TokenEvent], None]
+STOPPED = "the server is shutting down; try again on another one or later"
 _log = logging.getLogger(__name__)
 
 
@@ -65,7 +66,7 @@ class EngineLoop:
         seed = request.params.seed if request.params.seed is not None else secrets.randbits(63)
         with self._changed:
             if self._stopping:
-                raise GenerationFailed("the server is shutting down; try again on another one or later")
+                raise ShuttingDown(STOPPED)
             self._scheduler.add(request, seed)
             self._sinks[request.id] = on_event
             self._changed.notify()
@@ -96,7 +97,7 @@ class EngineLoop:
                 preemptions=scheduler.preemptions,
             )
 
-    def stop(self, error: str = "the server is shutting down; try again on another one or later") -> None:
+    def stop(self, error: str = STOPPED) -> None:
         """Ends every request with that error and the thread after its current step."""
         with self._changed:
             self._stopping = True
@@ -107,15 +108,34 @@ class EngineLoop:
             events = self._scheduler.fail_all(error)
         self._deliver(events)
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests will be answered."""
+        return self._thread.is_alive() and not self._stopping
+
     def _run(self) -> None:
-        while True:
+        try:
+            while self._turn():
+                pass
+        except Exception:
+            # A scheduler that is wrong about its slots must not go on: end everything with a reason, and say so.
+            _log.exception("the engine has stopped")
             with self._changed:
-                self._changed.wait_for(self._has_work)
-                if self._stopping:
-                    return
-                events = self._end_early()
-                plan = self._scheduler.schedule()
-            self._deliver(events + self._step(plan))
+                self._stopping = True
+                lost = list(self._sinks)
+            failed = "the engine failed; the server must be restarted"
+            self._deliver([TokenEvent(name, finish_reason=FinishReason.ERROR, error=failed) for name in lost])
+
+    def _turn(self) -> bool:
+        """Waits for work and runs one step; False when told to stop."""
+        with self._changed:
+            self._changed.wait_for(self._has_work)
+            if self._stopping:
+                return False
+            events = self._end_early()
+            plan = self._scheduler.schedule()
+        self._deliver(events + self._step(plan))
+        return True
 
     def _has_work(self) -> bool:
         return bool(self._stopping or self._aborted or self._scheduler.running or self._scheduler.waiting)
@@ -150,5 +170,9 @@ class EngineLoop:
             sink = self._sinks.get(event.request_id)
             if event.finish_reason is not None:
                 self._sinks.pop(event.request_id, None)
-            if sink is not None:
-                sink(event)
+            try:
+                if sink is not None:
+                    sink(event)
+            except Exception:
+                # whoever it was for is gone, say a closed event loop; the others are not
+                _log.exception("an event could not be delivered")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from prefix_store.errors import InvalidRequest, PrefixMismatch
+from prefix_store.errors import InvalidPrefix, PrefixMismatch
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import PrefixManifest, PrefixVersion, Window
 from prefix_store.store import PrefixStore
@@ -47,7 +47,7 @@ class PrefixLoader:
         self._loaded: OrderedDict[str, Future[LoadedPrefix]] = OrderedDict()
 
     def load(self, version: PrefixVersion) -> LoadedPrefix:
-        """Blocks while reading. Raises PrefixMismatch, InvalidRequest for a method not served, StoreCorrupt."""
+        """Blocks while reading. Raises PrefixMismatch, InvalidPrefix for a method not served, StoreCorrupt."""
         with self._lock:
             future = self._loaded.get(version.digest)
             if owner := future is None:
@@ -83,20 +83,23 @@ class PrefixLoader:
                 total -= size
 
 
-def payload_of(digest: str, manifest: PrefixManifest, tensors: PrefixTensors, dtype: torch.dtype) -> PrefixPayload:
-    """Casts KV to the model's dtype. Raises InvalidRequest for other payloads, PrefixMismatch if the cast overflows."""
+def check_served(manifest: PrefixManifest, tensors: PrefixTensors, dtype: torch.dtype) -> None:
+    """Raises InvalidPrefix for a method that is not served, PrefixMismatch for values that overflow the dtype."""
     if PAYLOADS[manifest.method] != SERVED:
-        raise InvalidRequest(
-            f"prefixes of method {manifest.method.value!r} cannot be served yet; 'prefix' and 'text' can",
-            param="prefix_id",
+        raise InvalidPrefix(
+            f"prefixes of method {manifest.method.value!r} cannot be served yet; 'prefix' and 'text' can", param="file"
         )
-    tensor = tensors[SERVED].to(dtype).contiguous()
-    if not bool(tensor.isfinite().all()):
-        raise PrefixMismatch(f"the prefix has values that overflow this server's {dtype}", param="prefix_id")
+    if not bool(tensors[SERVED].to(dtype).isfinite().all()):
+        raise PrefixMismatch(f"the prefix has values that overflow this server's {dtype}", param="file")
+
+
+def payload_of(digest: str, manifest: PrefixManifest, tensors: PrefixTensors, dtype: torch.dtype) -> PrefixPayload:
+    """What the engine takes, in the model's dtype. Raises what `check_served` raises."""
+    check_served(manifest, tensors, dtype)
     return PrefixPayload(
         digest=digest,
         virtual_tokens=manifest.virtual_tokens,
         position_offset=manifest.position_offset,
         slides=manifest.window is Window.SLIDES,
-        tensor=tensor,
+        tensor=tensors[SERVED].to(dtype).contiguous(),
     )

@@ -64,13 +64,14 @@ def _draw(logits: torch.Tensor, selections: Rows[Selection]) -> list[int]:
 
 def _result(logits: torch.Tensor, selection: Selection, token: int | None) -> RowResult:
     row = selection.row
-    if row.samples and token is None:
+    scores = logits[selection.first : selection.first + selection.count]
+    if (row.samples and token is None) or (len(row.scored) and not bool(scores.amax(-1).isfinite().all())):
         return RowResult(error=NUMERICS)
     params, tokens = row.sequence.request.params, row.sequence.tokens
     if params.logprobs is None:
         return RowResult(token)
     targets = [tokens[index + 1] for index in row.scored] + ([token] if token is not None else [])
-    found = _logprobs(logits[selection.first : selection.first + selection.count], targets, params.logprobs)
+    found = _logprobs(scores, targets, params.logprobs)
     return RowResult(token, found[-1] if token is not None else None, found[: len(row.scored)])
 
 

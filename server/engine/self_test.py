@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,8 +74,8 @@ def check(runner: ModelRunner, truths: list[Truth]) -> None:
 
 
 def _worst_difference(runner: ModelRunner, truths: list[Truth]) -> float:
-    scheduler = Scheduler(LIMITS, frozenset(), clock=lambda: 0.0)
     pool: KVPool = runner.pool
+    scheduler = Scheduler(replace(LIMITS, slots=min(LIMITS.slots, pool.slots)), frozenset(), clock=lambda: 0.0)
     for index, truth in enumerate(truths):
         scheduler.add(_request(index, truth), seed=0)
     worst = 0.0

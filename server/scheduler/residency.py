@@ -11,11 +11,15 @@ from server.scheduler.slots import Extent, SlotAllocator
 
 @dataclass
 class Resident:
-    """A prefix in the pool, stored once however many sequences read it. `pins` counts those sequences."""
+    """A prefix in the pool, stored once however many sequences read it.
+
+    `pins` counts those sequences; `is_loaded` says whether any sequence has found room beside it yet.
+    """
 
     payload: PrefixPayload
     extent: Extent
     pins: int = 0
+    is_loaded: bool = False
 
 
 class Residency:
@@ -36,7 +40,6 @@ class Residency:
         resident = self._residents.get(digest)
         if resident is None:
             return None
-        self.hits += 1
         resident.pins += 1
         self._residents.move_to_end(digest)
         return resident
@@ -45,9 +48,13 @@ class Residency:
         """Makes a prefix resident in an extent the caller has allocated and will fill; it comes back pinned once."""
         if payload.digest in self._residents:
             raise KeyError(f"{payload.digest} is resident already")
-        self.misses += 1
         resident = self._residents[payload.digest] = Resident(payload, extent, pins=1)
         return resident
+
+    def count(self, *, hit: bool) -> None:
+        """Notes that a sequence starts with a prefix that was here already, or that had to be loaded."""
+        self.hits += hit
+        self.misses += not hit
 
     def unpin(self, resident: Resident) -> None:
         """One reader less."""
@@ -63,6 +70,10 @@ class Residency:
                 self.evictions += 1
                 return True
         return False
+
+    def idle_extents(self) -> list[Extent]:
+        """The slots of what nobody reads."""
+        return [resident.extent for resident in self._residents.values() if resident.pins == 0]
 
     def clear(self) -> None:
         """Forgets every prefix; none may be pinned."""

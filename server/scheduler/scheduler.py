@@ -166,6 +166,9 @@ class Scheduler:
                 self.residency.unpin(resident)
             return False
         sequence.resident, sequence.extent = resident, extent
+        if resident is not None:
+            self.residency.count(hit=resident.is_loaded)
+            resident.is_loaded = True
         return True
 
     def _pin(self, payload: PrefixPayload) -> Resident | None:
@@ -176,7 +179,10 @@ class Scheduler:
         return resident
 
     def _allocate(self, size: int) -> Extent | None:
+        """Slots, at the cost of idle prefixes if that helps; evicting them for nothing would only load them again."""
         extent = self.slots.allocate(size)
+        if extent is None and self.slots.longest_run(self.residency.idle_extents()) < size:
+            return None
         while extent is None and self.residency.evict_one():
             extent = self.slots.allocate(size)
         return extent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -62,6 +63,15 @@ class SlotAllocator:
             start = self._free.pop(index - 1).start
             index -= 1
         self._free.insert(index, Extent(start, end - start))
+
+    def longest_run(self, extents: Iterable[Extent]) -> int:
+        """The longest free run there would be if these held extents were released too."""
+        longest = start = end = 0
+        for extent in sorted([*self._free, *extents], key=lambda extent: extent.start):
+            start = start if extent.start == end else extent.start
+            end = extent.end
+            longest = max(longest, end - start)
+        return longest
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless free and held extents tile the pool and no two free ones touch."""

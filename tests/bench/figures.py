@@ -11,11 +11,14 @@ from tests.bench import results, throughput
 
 README = Path(__file__).parents[2] / "README.md"
 SECTIONS = {throughput.SECTION: throughput}
-BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(\n<!-- end of figures -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 
 
 def rendered(text: str) -> str:
-    """The README with every marked block filled from its results file."""
+    """The README with every marked block filled from its results file. Raises SystemExit if a section has no block."""
+    missing = set(SECTIONS) - {match[2] for match in BLOCK.finditer(text)}
+    if missing:
+        sys.exit(f"README.md: no block for the figures of {', '.join(sorted(missing))}")
     return BLOCK.sub(lambda match: match[1] + _figures(match[2]) + match[3], text)
 
 
@@ -24,7 +27,7 @@ def _figures(section: str) -> str:
     conditions = measured["conditions"]
     versions = ", ".join(f"{name} {version}" for name, version in conditions["versions"].items())
     note = f"{conditions['cpu']}, {conditions['threads']} threads; {versions}; commit {conditions['commit']}."
-    return f"{SECTIONS[section].table(measured)}\n\n{note}"
+    return f"{SECTIONS[section].table(measured)}\n\n{note}\n"
 
 
 def main() -> None:

@@ -23,10 +23,13 @@ def test_the_readme_is_filled_from_the_results(tmp_path, monkeypatch):
     )
     stored = json.loads((tmp_path / "throughput.json").read_text())
     assert stored["conditions"]["versions"]["torch"] == torch.__version__
-    text = figures.rendered("x\n<!-- figures: throughput -->\nold\n<!-- end of figures -->\ny")
-    assert "| a | 100 | 8.50× |" in text
-    assert "old" not in text
-    assert figures.rendered(text) == text
+    for old in ("", "old\n"):
+        text = figures.rendered(f"x\n<!-- figures: throughput -->\n{old}<!-- end of figures -->\ny")
+        assert "| a | 100 | 8.50× |" in text
+        assert "old" not in text
+        assert figures.rendered(text) == text
+    with pytest.raises(SystemExit, match="no block"):
+        figures.rendered("x")
 
 
 def test_the_workload_is_what_it_says():

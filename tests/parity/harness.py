@@ -13,11 +13,10 @@ from _pytest.mark import ParameterSet
 from transformers import DynamicCache, PreTrainedModel
 
 from prefix_store.model.frozen import FrozenModel
-from server.engine.batch import build
+from server.engine.batch import Batch
 from server.engine.engine import Engine
-from server.engine.sampler import sample
+from server.engine.model_runner import ModelRunner
 from server.scheduler.messages import FinishReason, GenerationRequest, PrefixPayload, TokenEvent
-from server.scheduler.plan import RowResult, StepPlan
 from server.scheduler.sampling_params import SamplingParams
 from server.scheduler.scheduler import Limits
 
@@ -45,32 +44,35 @@ class Case:
     name: str = ""
 
 
-class RecordingEngine(Engine):
-    """Keeps the logits that each generated token was chosen from."""
+class Recorder:
+    """A model runner that keeps the logits each token is chosen from; the engine around it is the real one."""
 
-    recorded: dict[str, list[torch.Tensor]]
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self.windows = runner.windows
+        self.recorded: dict[str, list[torch.Tensor]] = defaultdict(list)
 
-    def run(self, plan: StepPlan) -> list[RowResult]:
-        for transfer in plan.transfers:
-            self.pool.apply(transfer)
-        if not plan.rows:
-            return []
-        batch = build(plan, self.runner.windows, self.frozen.device)
-        logits = self.runner.run(batch)
+    def run(self, batch: Batch) -> torch.Tensor:
+        logits = self._runner.run(batch)
         for selection in batch.selections:
             if selection.row.samples:
                 last = selection.first + selection.count - 1
                 self.recorded[selection.row.sequence.request.id].append(logits[last].float().cpu())
-        return sample(logits, batch.selections)
+        return logits
 
 
-def make_engine(frozen: FrozenModel, backend: str | None = None, **limits: int) -> RecordingEngine:
+def make_engine(frozen: FrozenModel, backend: str | None = None, **limits: int) -> Engine:
     """An engine over a copy of the model, for an engine takes over what it is given."""
     numbers = {"slots": 4096, "rows": 16, "step_tokens": 64, "context_length": 512, "waiting": 1000} | limits
     copied = replace(frozen, model=copy.deepcopy(frozen.model))
-    engine = RecordingEngine(copied, Limits(**numbers), backend=backend)
-    engine.recorded = defaultdict(list)
+    engine = Engine(copied, Limits(**numbers), backend=backend)
+    engine.runner = Recorder(engine.runner)  # type: ignore[assignment]
     return engine
+
+
+def recorded(engine: Engine, name: str) -> torch.Tensor:
+    """The logits `[new, V]` of a request's tokens."""
+    return torch.stack(engine.runner.recorded[name])
 
 
 def payload(kv: torch.Tensor, digest: str, *, slides: bool = True, offset: int | None = None) -> PrefixPayload:
@@ -128,9 +130,7 @@ def plain_logits(model: PreTrainedModel, ids: Sequence[int], kv: torch.Tensor | 
     return output.logits[0]
 
 
-def worst_difference(engine: RecordingEngine, references: Sequence[torch.Tensor]) -> float:
-    """Largest absolute difference of any logit of any case."""
-    worst = 0.0
-    for index, reference in enumerate(references):
-        worst = max(worst, float((torch.stack(engine.recorded[str(index)]) - reference).abs().max()))
-    return worst
+def worst_difference(engine: Engine, references: Sequence[torch.Tensor]) -> float:
+    """Largest absolute difference of any logit of any case; infinite where one is no number."""
+    differences = [(recorded(engine, str(i)) - reference).abs().max() for i, reference in enumerate(references)]
+    return float(torch.stack(differences).nan_to_num(torch.inf, posinf=torch.inf).max())

@@ -20,6 +20,7 @@ from tests.parity.harness import (
     make_engine,
     payload,
     plain_logits,
+    recorded,
     request,
     run_mixed,
     sampled,
@@ -132,7 +133,7 @@ def test_neighbours_full_of_nan_change_nothing(family):
     while engine.scheduler.running or engine.scheduler.waiting:
         engine.step()
     for index in clean:
-        got = torch.stack(engine.recorded[str(index)])
+        got = recorded(engine, str(index))
         assert float((got - expected[index][1]).abs().max()) < TOLERANCE
 
 
@@ -151,5 +152,5 @@ def test_a_window_that_always_shows_the_prefix_differs_from_one_that_slides():
     run_mixed(slides, [case], [payload(kv, "slides", slides=True)])
     run_mixed(always, [case], [payload(kv, "always", slides=False)])
     reference = plain_logits(plain, case.prompt, kv)[-1]
-    assert float((slides.recorded["0"][0] - reference).abs().max()) < TOLERANCE
-    assert float((always.recorded["0"][0] - reference).abs().max()) > 100 * TOLERANCE
+    assert float((recorded(slides, "0")[0] - reference).abs().max()) < TOLERANCE
+    assert float((recorded(always, "0")[0] - reference).abs().max()) > 100 * TOLERANCE

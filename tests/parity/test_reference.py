@@ -8,7 +8,7 @@ import torch
 from prefix_store.model import apply
 from prefix_store.prefix import Window
 from tests.models import FAMILIES, random_kv, tiny_frozen
-from tests.parity.harness import TOLERANCE, Case, make_engine, payload, run_mixed, sampled
+from tests.parity.harness import TOLERANCE, Case, make_engine, payload, recorded, run_mixed, sampled
 
 # short enough for the tiny models' windows to show some of the prefix
 PROMPT = tuple(range(40, 46))
@@ -27,7 +27,7 @@ def test_the_engine_equals_the_reference_that_training_uses(family, window, reco
     slides = window is Window.SLIDES
     prefixes = [payload(kv, f"{index}", slides=slides) for index, kv in enumerate(kvs)]
     run_mixed(engine, [Case(PROMPT, kv, new=1) for kv in kvs], prefixes)
-    got = torch.stack([engine.recorded["0"][0], engine.recorded["1"][0]])
+    got = torch.cat([recorded(engine, "0"), recorded(engine, "1")])
     worst = float((got - expected).abs().max())
     record_worst(f"{family}, reference", worst)
     assert worst < TOLERANCE

@@ -56,7 +56,7 @@ def serve(store: Store, frozen: FrozenModel, loop: FakeLoop) -> Serve:
 
     def make(**options: object) -> TestClient:
         app = create_app(store, frozen, loop, PrefixLoader(store.prefixes, frozen, 1 << 20), **options)
-        return TestClient(app, raise_server_exceptions=False)
+        return TestClient(app, base_url="http://127.0.0.1:8000", raise_server_exceptions=False)
 
     return make
 

@@ -32,6 +32,10 @@ class FakeLoop:
         self.hold.set()
         self.stopped = False
 
+    @property
+    def is_alive(self) -> bool:
+        return not self.stopped
+
     def submit(self, request: GenerationRequest, on_event: Callable[[TokenEvent], None]) -> None:
         if self.refusal is not None:
             raise self.refusal

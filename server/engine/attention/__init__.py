@@ -63,9 +63,8 @@ def attention(
     """
     if attention_mask is not None:
         raise ModelUnsupported("the model insists on an attention mask of its own")
-    strange = sorted(
-        key for key, value in others.items() if key not in _IGNORED and value is not None and value is not False
-    )
+    given = {name for name, value in others.items() if value is not None and value is not False}
+    strange = sorted(given - _IGNORED)
     if strange:
         raise ModelUnsupported(f"the model's attention uses {', '.join(strange)}, which cannot be served yet")
     window = sliding_window or _NO_WINDOW

@@ -31,7 +31,7 @@ class Mask(IntEnum):
 
 @dataclass(frozen=True)
 class WorkItem:
-    """One line of the list; `COLUMNS` integers."""
+    """One line of the list."""
 
     part: Part
     mask: Mask
@@ -45,9 +45,6 @@ class WorkItem:
     def as_tuple(self) -> tuple[int, ...]:
         """The item as the operator takes it."""
         return (self.part, self.mask, self.q_lo, self.q_hi, self.kv_lo, self.kv_hi, self.q_pos, self.kv_pos)
-
-
-COLUMNS = 8
 
 
 def work_items(rows: Sequence[Row], window: int | None) -> list[WorkItem]:

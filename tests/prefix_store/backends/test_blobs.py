@@ -39,13 +39,6 @@ def test_equal_content_is_kept_once(blobs):
     assert len(names(blobs)) == 1
 
 
-def test_a_file_is_copied(blobs, tmp_path):
-    source = tmp_path / "source"
-    source.write_bytes(os.urandom(3_000_000))
-    digest = blobs.put_file(source)
-    assert blobs.read(digest) == source.read_bytes()
-
-
 def test_only_the_owner_may_read(blobs):
     path = blobs.path(blobs.put(b"hello"))
     modes = [path, path.parent, blobs.root / "sha256", blobs.root / "tmp", blobs.root]

@@ -30,7 +30,7 @@ def code(name: str, status: int = 0) -> str:
     return GRACEFUL.format(name=name, status=status)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_one_signal_stops_all_and_the_status_is_the_first_s(tmp_path: Path, number: signal.Signals) -> None:
     parent = supervise(tmp_path, one=code("one", 3), two=code("two"))
     wait_for(tmp_path, "one", "two")
@@ -39,11 +39,13 @@ def test_one_signal_stops_all_and_the_status_is_the_first_s(tmp_path: Path, numb
     assert (parent.returncode, errors) == (3, "")
 
 
-def test_when_the_worker_dies_the_server_is_stopped_and_the_reason_said(tmp_path: Path) -> None:
-    parent = supervise(tmp_path, one=code("one"), two="import sys; sys.exit(5)")
+def test_a_worker_that_dies_is_started_again_and_the_server_goes_on(tmp_path: Path) -> None:
+    dies_once = "import pathlib, sys; first = pathlib.Path('died'); seen = first.exists(); first.touch()\n"
+    parent = supervise(tmp_path, one=code("one"), two=dies_once + "if not seen: sys.exit(5)\n" + code("two"))
+    wait_for(tmp_path, "one", "two")
+    parent.send_signal(signal.SIGTERM)
     _, errors = parent.communicate(timeout=30)
-    assert parent.returncode == 1
-    assert errors == "antefix: two ended (exit status 5); stopping the rest\n"
+    assert (parent.returncode, errors) == (0, "antefix: two ended (exit status 5); again in 1 s\n")
 
 
 def test_when_the_server_dies_its_status_is_ours(tmp_path: Path) -> None:
@@ -52,3 +54,15 @@ def test_when_the_server_dies_its_status_is_ours(tmp_path: Path) -> None:
     _, errors = parent.communicate(timeout=30)
     assert parent.returncode == 128 + signal.SIGKILL
     assert "one ended (signal SIGKILL)" in errors
+
+
+def test_what_runs_beside_the_first_goes_behind_it(tmp_path: Path) -> None:
+    parent = supervise(tmp_path, one=code("one"), two=code("two"))
+    wait_for(tmp_path, "one", "two")
+    listed = subprocess.run(
+        ["ps", "--ppid", str(parent.pid), "-o", "ni=", "--sort", "pid"], capture_output=True, text=True, check=True
+    )
+    first, second = map(int, listed.stdout.split())
+    parent.send_signal(signal.SIGTERM)
+    parent.communicate(timeout=10)
+    assert second == min(first + 15, 19)

@@ -148,8 +148,14 @@ def test_the_template_of_a_prefix_goes_around_text_prompts_only(
 def test_max_tokens_defaults_to_the_room_there_is(client: TestClient, frozen: FrozenModel, loop: FakeLoop) -> None:
     client.post("/generate", json={"prompt": "hi"})
     client.post("/generate", json={"prompt": [5] * (frozen.context_length - 10)})
-    client.post("/generate", json={"prompt": [5] * (frozen.context_length + 10)})
+    client.post("/generate", json={"prompt": [5] * frozen.context_length})
     assert [request.params.max_tokens for request in loop.requests] == [128, 10, 1]
+
+
+def test_a_prompt_that_could_never_fit_is_refused_unread(client: TestClient, frozen: FrozenModel) -> None:
+    for prompt in ([5] * (frozen.context_length + 1), "x" * (256 * frozen.context_length + 1)):
+        found = error(client, prompt=prompt)
+        assert (found["code"], found["param"]) == ("context_length_exceeded", "prompt")
 
 
 def test_sampling_fields_reach_the_engine(client: TestClient, loop: FakeLoop) -> None:
@@ -245,10 +251,26 @@ def test_an_exact_version_can_be_asked_for(client: TestClient, store: Store, fro
 def test_a_prefix_of_a_method_that_is_not_served_is_a_clear_400(
     client: TestClient, frozen: FrozenModel, store: Store
 ) -> None:
-    client.post("/v1/prefixes", data={"id": "plus"}, files={"file": ("x", artefacts.memory(frozen))})
-    found = error(client, prompt="x", prefix_id="plus")
-    assert found["param"] == "prefix_id"
-    assert "prefix_plus" in found["message"]
+    reply = client.post("/v1/prefixes", data={"id": "plus"}, files={"file": ("x", artefacts.memory(frozen))})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == "file"
+    assert "prefix_plus" in reply.json()["error"]["message"]
+    assert client.get("/v1/prefixes").json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"origin": "https://evil.example"},
+        {"sec-fetch-site": "cross-site"},
+        {"sec-fetch-site": "same-site"},
+        {"host": "evil.example"},
+        {"host": "10.0.0.1:8000"},
+    ],
+)
+def test_an_open_server_does_not_answer_web_pages_from_elsewhere(client: TestClient, headers: dict[str, str]) -> None:
+    assert client.get("/v1/prefixes", headers=headers).status_code == 403
+    assert client.get("/v1/prefixes", headers={"origin": "http://127.0.0.1:8000"}).status_code == 200
 
 
 def test_a_server_can_refuse_to_serve_the_bare_model(serve: Serve, prefix: str) -> None:

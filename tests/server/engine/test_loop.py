@@ -121,6 +121,29 @@ def test_a_broken_step_fails_its_rows_and_the_next_request_is_right(loop, engine
     assert collect(submit(loop, request("again", prefix=prefix)))[0] == expected
 
 
+def test_a_loop_that_dies_answers_everyone_and_says_so(engine, monkeypatch, caplog):
+    loop = EngineLoop(engine)
+    loop.start()
+    assert loop.is_alive
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.scheduler, "schedule", lambda: 1 / 0)
+        _, last = collect(submit(loop, request("lost")))
+    assert last.finish_reason is FinishReason.ERROR
+    assert "must be restarted" in last.error
+    assert "ZeroDivisionError" in caplog.text
+    loop.stop()
+    assert not loop.is_alive
+
+
+def test_a_listener_that_raises_harms_nobody_else(loop, caplog):
+    def gone(event: TokenEvent) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    loop.submit(request("deaf"), gone)
+    assert collect(submit(loop, request("fine")))[1].finish_reason is FinishReason.LENGTH
+    assert "could not be delivered" in caplog.text
+
+
 def test_a_prefix_that_overflows_fails_its_own_request_only(loop, engine):
     expected, _ = collect(submit(loop, request("alone", new=30)))
     bad = PrefixPayload("nan", 2, 2, True, torch.full_like(random_kv(engine.frozen, 2), torch.nan))

@@ -76,6 +76,13 @@ def test_a_row_that_overflows_fails_alone(bad, temperature):
     assert results[1].token_id is None
 
 
+def test_a_scored_prompt_position_that_overflows_fails_its_row():
+    logits = LOGITS.repeat(2, 1)
+    logits[0, 2] = torch.nan
+    result = sample(logits, [selection(prompt=2, temperature=0.0, logprobs=0, echo=True)])[0]
+    assert result.error == NUMERICS
+
+
 def test_logprobs_are_those_of_the_bare_softmax():
     result = sample(LOGITS[None], [selection(temperature=0.0, logprobs=2)])[0]
     expected = LOGITS.log_softmax(-1)

@@ -102,6 +102,26 @@ def test_a_prefix_in_use_is_never_evicted_and_an_idle_one_is():
     assert scheduler.residency.evictions == 1
 
 
+def test_idle_prefixes_are_not_evicted_when_that_would_not_help():
+    scheduler = make(slots=60)
+    scheduler.add(request("idle", prompt=2, new=1, prefix=10, digest="idle"), seed=0)
+    drain(scheduler)
+    scheduler.add(request("a", prompt=4, new=20), seed=0)
+    run(scheduler)
+    scheduler.add(request("b", prompt=45, new=2), seed=0)
+    run(scheduler)
+    assert len(scheduler.residency) == 1
+    drain(scheduler)
+
+
+def test_a_request_is_one_hit_or_one_miss_however_long_it_waits():
+    scheduler = make(slots=60)
+    for name in "abc":
+        scheduler.add(request(name, prompt=10, new=10, prefix=20), seed=0)
+    drain(scheduler)
+    assert (scheduler.residency.hits, scheduler.residency.misses) == (2, 1)
+
+
 def test_growth_moves_a_row_that_cannot_grow_in_place(monkeypatch):
     monkeypatch.setattr("server.scheduler.scheduler.HEADROOM", 1)
     scheduler = make(slots=100)
