@@ -59,6 +59,7 @@ class TrainingSpec:
     `steps` optimiser steps of `batch_size` examples; an example longer than `max_length` tokens loses its
     prompt's beginning first. `learning_rate` is, for method prefix, a share of the spread of a layer's keys or values
     and so means the same on every model: 0.02 to 0.4 learn, more where the text is unlike what the model writes.
+    `base_digest`: the model that the prefix is wanted for; None trusts whichever the worker has.
     """
 
     data_digest: str
@@ -72,6 +73,7 @@ class TrainingSpec:
     max_length: int = 256
     init_text: str | None = None
     seed: int = 0
+    base_digest: str | None = None
 
     # inclusive bounds of every number a user may set
     LIMITS = {  # noqa: RUF012  (a constant table, not a field)

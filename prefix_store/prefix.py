@@ -102,8 +102,8 @@ class PrefixManifest:
         known = ["format", *(field.name for field in dataclasses.fields(cls))]
         if not isinstance(data, dict):
             raise InvalidPrefix("manifest must be a JSON object", param="file")
-        if data.get("format") != FORMAT:
-            raise InvalidPrefix(f"manifest.format must be {FORMAT}, got {str(data.get('format'))[:40]!r}", param="file")
+        if type(data.get("format")) is not int or data["format"] != FORMAT:
+            raise InvalidPrefix(f"manifest.format must be {FORMAT}, got {repr(data.get('format'))[:40]}", param="file")
         unknown, missing = sorted(set(data) - set(known)), sorted(set(known) - set(data))
         if unknown or missing:
             raise InvalidPrefix(

@@ -50,6 +50,7 @@ def create_app(
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
     )
     metrics = Metrics(loop.stats, store.jobs.job_counts)
     gate = Gate(store.keys, is_loopback=is_loopback)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import chain
 
-from prefix_store.errors import ContextLengthExceeded, StoreUnavailable
+from prefix_store.errors import ContextLengthExceeded, PrefixMismatch, StoreUnavailable
 from prefix_store.jobs import TrainingSpec
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import PrefixVersion
@@ -38,9 +38,14 @@ class JobRun:
     def publish(self) -> PrefixVersion:
         """Trains the prefix and saves it as the next version of its name.
 
-        Raises what the lease raises, InvalidTrainingData, InvalidRequest, ModelUnsupported, FloatingPointError and
-        StoreUnavailable.
+        Raises what the lease raises, PrefixMismatch, InvalidTrainingData, InvalidRequest, ModelUnsupported,
+        FloatingPointError and StoreUnavailable.
         """
+        if self._spec.base_digest not in (None, self._frozen.digest):
+            raise PrefixMismatch(
+                f"the job was queued for another base model: expected {str(self._spec.base_digest)[:12]}…, "
+                f"this worker has {self._frozen.digest[:12]}…"
+            )
         room = room_for_text(self._spec, self._frozen.context_length)
         examples = data.tokenize(self._frozen.tokenizer, self._store.jobs.examples(self._job), room)
         parts = data.split(examples, self._spec.seed)

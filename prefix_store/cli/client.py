@@ -62,7 +62,7 @@ class Client:
     def _json(self, method: str, path: str, **request: Any) -> dict[str, Any]:
         try:
             reply: dict[str, Any] = self._send(method, path, **request).json()
-        except ValueError:
+        except json.JSONDecodeError:
             fail(f"{self._http.base_url} does not answer as an antefix server")
         return reply
 
@@ -71,6 +71,8 @@ class Client:
             reply = self._http.request(method, path, **request)
         except httpx.HTTPError as error:
             self._unreachable(error)
+        except ValueError as error:  # a number that JSON has no word for
+            fail(f"the request cannot be sent: {error}")
         if reply.is_error:
             _fail_with(reply)
         return reply

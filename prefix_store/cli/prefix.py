@@ -9,6 +9,7 @@ from enum import StrEnum
 from io import BytesIO
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import quote
 
 import typer
 
@@ -39,7 +40,7 @@ def list_all() -> None:
 def show(ref: Ref) -> None:
     """Show one prefix as JSON."""
     with connect() as server:
-        typer.echo(json.dumps(server.get(f"/v1/prefixes/{ref}"), indent=2))
+        typer.echo(json.dumps(server.get(f"/v1/prefixes/{quote(ref)}"), indent=2))
 
 
 @app.command()
@@ -67,11 +68,11 @@ def pull(
 ) -> None:
     """Download a prefix."""
     with connect() as server:
-        content = server.download(f"/v1/prefixes/{ref}/export", format=format.value)
-    if format is Format.NATIVE:
-        to.write_bytes(content)
-    else:
-        _unpack(content, to)
+        content = server.download(f"/v1/prefixes/{quote(ref)}/export", format=format.value)
+    try:
+        to.write_bytes(content) if format is Format.NATIVE else _unpack(content, to)
+    except OSError as error:
+        fail(f"cannot write {to}: {error.strerror or error}")
     typer.echo(str(to))
 
 
@@ -79,7 +80,7 @@ def pull(
 def remove(ref: Ref) -> None:
     """Remove one version, or a prefix with all its versions."""
     with connect() as server:
-        removed = server.delete(f"/v1/prefixes/{ref}")
+        removed = server.delete(f"/v1/prefixes/{quote(ref)}")
     typer.echo(f"removed {removed['id']}, versions {', '.join(map(str, removed['versions']))}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+PR_SET_PDEATHSIG = 1
 POLL_SECONDS = 0.1
 RESTART_SECONDS, RESTART_SECONDS_MOST = 1.0, 60.0
 # The first process answers users, the others share its cores. A fair share would cost it most of its speed, because
@@ -44,9 +46,15 @@ class Child:
     @classmethod
     def start(cls, module: str, niceness: int) -> Child:
         """Starts it in a session of its own, so that a terminal's Ctrl-C reaches it once, through us."""
-        process = subprocess.Popen([sys.executable, "-m", module], start_new_session=True)
+        process = subprocess.Popen([sys.executable, "-m", module], start_new_session=True, preexec_fn=_end_with_parent)
         os.setpriority(os.PRIO_PROCESS, process.pid, os.getpriority(os.PRIO_PROCESS, 0) + niceness)
         return cls(module, process)
+
+
+def _end_with_parent() -> None:
+    """Asks Linux to end this process when the one that started it is killed outright; elsewhere it lives on."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def supervise(modules: list[str]) -> int:

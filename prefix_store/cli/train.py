@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import typer
 
@@ -40,7 +41,7 @@ def train(
     }
     examples = read_examples(data)
     with connect() as server:
-        job = server.post(f"/v1/prefixes/{name}/train", json={"examples": examples, **options})["job"]
+        job = server.post(f"/v1/prefixes/{quote(name, safe='')}/train", json={"examples": examples, **options})["job"]
         typer.echo(job["id"])
         if wait:
             _finish(_follow(server, job))

@@ -61,13 +61,14 @@ def load(source: str | Path, *, device: str = "cpu", dtype: str = "float32", nam
         config = AutoConfig.from_pretrained(folder)
         _check_config(config)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], attn_implementation="eager")
+        model = _load_whole(folder, dtype).to(_available(device))
     except ModelUnsupported:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelUnsupported(f"cannot load the model {str(source)!r}: {error}") from error
+    except Exception as error:  # whatever a damaged folder makes of transformers, it is one line to the operator
+        raise ModelUnsupported(
+            f"cannot load the model {str(source)!r}: {type(error).__name__}: {str(error)[:500]}"
+        ) from error
     label = name or (BUNDLED_NAME if folder == BUNDLED else Path(str(source)).name)
-    model.to(torch.device(device))  # type: ignore[arg-type]  # transformers wraps `to` without its types
     return freeze(model, tokenizer, digest=digest_of(folder), name=label)
 
 
@@ -139,6 +140,24 @@ def _folder(source: str | Path) -> Path:
         raise ModelUnsupported(
             f"{str(source)!r} is neither a folder nor a hub model that can be fetched: {error}"
         ) from error
+
+
+def _load_whole(folder: Path, dtype: str) -> Any:
+    """The model, if the checkpoint has all of it: transformers draws what it lacks at random, anew in each process."""
+    both: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=DTYPES[dtype], attn_implementation="eager", output_loading_info=True
+    )
+    model, loaded = both
+    wrong = sorted(str(key) for key in [*loaded["missing_keys"], *loaded["mismatched_keys"]])
+    if wrong:
+        raise ModelUnsupported(f"the checkpoint lacks {len(wrong)} of the model's weights, such as {wrong[0]}")
+    return model
+
+
+def _available(device: str) -> torch.device:
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelUnsupported(f"the device {device!r} was asked for, and this torch sees no GPU")
+    return torch.device(device)
 
 
 def _check_config(config: Any) -> None:

@@ -82,7 +82,12 @@ def _row(error: AntefixError) -> tuple[int, str]:
 
 
 def _body(message: str, kind: str, param: str | None, code: str) -> dict[str, Any]:
-    return {"error": {"message": message[:LONGEST], "type": kind, "param": param, "code": code}}
+    return {"error": {"message": _sound(message[:LONGEST]), "type": kind, "param": _sound(param), "code": code}}
+
+
+def _sound(text: Any) -> Any:
+    """Half a surrogate pair cannot be sent, and somebody may have sent us one."""
+    return text.encode("utf-8", "replace").decode() if isinstance(text, str) else text
 
 
 async def _on_antefix_error(request: Request, error: Exception) -> JSONResponse:

@@ -12,6 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from prefix_store.errors import NotFound
 from server.api import errors
 from server.metrics import Metrics
 
@@ -19,6 +20,12 @@ ID_HEADER = "x-request-id"
 ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 CLIENT_LEFT = 499  # nginx's number; nobody receives it
 _log = structlog.get_logger("antefix.access")
+
+
+class RouteNotFound(NotFound):
+    """No route of ours."""
+
+    code = errors.STATUS_CODES[404]
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,10 @@ class Exchange:
     async def _serve(self, scope: Scope, receive: Receive, reply: _Reply) -> None:
         begun = time.monotonic()
         try:
-            await self.app(scope, receive, reply)
+            if scope["path"].isprintable():
+                await self.app(scope, receive, reply)
+            else:  # the router would take a path with a newline behind it for the path without
+                await errors.response(RouteNotFound("there is no such route"))(scope, receive, reply)
         except ClientDisconnect:
             reply.status = CLIENT_LEFT
         except Exception:

@@ -34,11 +34,14 @@ Limit = Annotated[int, Query(ge=1, le=1000)]
 async def upload(request: Request, services: Serving, caller: Calling) -> Response:
     """Takes a native file, or a PEFT adapter as `file` and `config`. Nothing is kept of one that does not fit."""
     try:
-        async with request.form(max_files=2, max_fields=4, max_part_size=peft.MAX_CONFIG + 1) as form:
+        async with request.form(max_files=3, max_fields=4, max_part_size=peft.MAX_CONFIG + 1) as form:
             _check_parts(form)
             name = references.new_name(services, _name(form))
             config, file = await _config(form), _file(form)
             version = await to_thread.run_sync(_keep, services, caller, name, config, file)
+    except UnicodeError:
+        services.metrics.upload_rejected.labels(InvalidRequest.code).inc()
+        raise InvalidRequest("the form's text parts must be UTF-8") from None
     except AntefixError as error:
         services.metrics.upload_rejected.labels(error.code).inc()
         raise
@@ -90,9 +93,12 @@ def _delete(services: Services, ref: str, caller: Caller) -> list[PrefixVersion]
 
 
 def _check_parts(form: FormData) -> None:
-    for part in form:
+    names = [name for name, _ in form.multi_items()]
+    for part in names:
         if part not in PARTS:
             raise InvalidRequest(f"unknown part {part[:80]!r}; the parts are {', '.join(PARTS)}", param=part[:80])
+        if names.count(part) > 1:
+            raise InvalidRequest(f"the part {part!r} is given more than once", param=part)
 
 
 def _name(form: FormData) -> str:

@@ -40,9 +40,8 @@ def from_ids(ids: list[int], services: Services) -> Prompt:
         raise ContextLengthExceeded(f"{_limit(context)}; the prompt alone has {len(ids)}", param="prompt")
     ids = ids or encode(services.frozen.tokenizer, "")
     if min(ids) < 0 or max(ids) >= services.frozen.vocabulary_size:
-        raise InvalidRequest(
-            f"prompt: token ids must be from 0 to {services.frozen.vocabulary_size - 1}", param="prompt"
-        )
+        odd, last = min(ids) if min(ids) < 0 else max(ids), services.frozen.vocabulary_size - 1
+        raise InvalidRequest(f"prompt: token ids must be from 0 to {last}, got {odd}", param="prompt")
     return Prompt(tuple(ids), decode(services.frozen.tokenizer, ids))
 
 

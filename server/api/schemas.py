@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+from contextlib import suppress
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Request
@@ -15,6 +17,8 @@ from server.api import errors
 
 # one bound for all integers, so that none can be too large to be turned into a float and compared
 Integer = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+# the first wrong item is enough: an error for each of a million would keep every other call waiting
+Integers = Annotated[list[Integer], Field(fail_fast=True)]
 
 
 class Body(BaseModel):
@@ -32,6 +36,8 @@ class Body(BaseModel):
             if name not in cls.model_fields:
                 short = str(name)[:80]
                 near = difflib.get_close_matches(short, cls.model_fields, n=1, cutoff=0.0)[0]
+                # an OpenAI client's name for it, which no spelling leads to
+                near = "prefix_id" if short == "model" and "prefix_id" in cls.model_fields else near
                 raise InvalidRequest(f"unknown field {short!r}; did you mean {near!r}?", param=short)
         return {name: value for name, value in data.items() if value is not None}
 
@@ -39,7 +45,7 @@ class Body(BaseModel):
 class GenerateBody(Body):
     """POST /generate. Ranges of the sampling fields are `SamplingParams`'s."""
 
-    prompt: str | list[Integer]
+    prompt: str | Integers
     prefix_id: str | None = None
     max_tokens: Integer | None = None
     temperature: float = 1.0
@@ -47,8 +53,8 @@ class GenerateBody(Body):
     top_k: Integer = 0
     min_p: float = 0.0
     seed: Integer | None = None
-    stop: str | list[str] = Field(default=[])
-    stop_token_ids: list[Integer] = Field(default=[], max_length=256)
+    stop: str | Annotated[list[str], Field(fail_fast=True, max_length=16)] = Field(default=[])
+    stop_token_ids: Annotated[Integers, Field(max_length=256)] = Field(default=[])
     n: int = Field(default=1, ge=1, le=64)
     logprobs: Integer | None = None
     echo: bool = False
@@ -68,7 +74,7 @@ class Example(Body):
 class TrainBody(Body):
     """POST /v1/prefixes/{name}/train. An absent option is `TrainingSpec`'s default, and so are the ranges."""
 
-    examples: list[Example] = Field(min_length=1, max_length=100_000)
+    examples: Annotated[list[Example], Field(fail_fast=True, min_length=1, max_length=100_000)]
     method: Method | None = None
     objective: Objective | None = None
     virtual_tokens: Integer | None = None
@@ -92,7 +98,23 @@ async def read(request: Request, kind: type[B]) -> B:
     # asked for strictly: a web page elsewhere may make a browser send any body but one of this type
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise InvalidRequest("the body must be JSON: send it with Content-Type: application/json")
+    body = await request.body()
+    _refuse_duplicates(body)
     try:
-        return kind.model_validate_json(await request.body())
+        return kind.model_validate_json(body)
     except ValidationError as error:
         raise errors.invalid(error.errors(include_url=False, include_input=False)) from None
+
+
+def _refuse_duplicates(body: bytes) -> None:
+    """Raises InvalidRequest for a name given twice: the last would win, and a second prefix_id would count."""
+
+    def check(pairs: list[tuple[str, Any]]) -> None:
+        names = [name for name, _ in pairs]
+        if len(names) != len(set(names)):
+            twice = next(name for name in names if names.count(name) > 1)[:80]
+            raise InvalidRequest(f"the field {twice!r} is given more than once", param=twice)
+
+    # what is not JSON at all, or too deep, is pydantic's to explain
+    with suppress(ValueError, RecursionError):
+        json.loads(body, object_pairs_hook=check)

@@ -17,6 +17,7 @@ from server.api.services import Services, Serving
 
 router = APIRouter(prefix="/v1")
 Limit = Annotated[int, Query(ge=1, le=1000)]
+Sequence = Annotated[int, Query(ge=0, le=2**63 - 1)]
 
 
 @router.post("/prefixes/{name}/train")
@@ -44,7 +45,11 @@ async def show(job_id: str, services: Serving, caller: Calling) -> dict[str, Any
 
 @router.get("/jobs/{job_id}/events")
 async def events(
-    job_id: str, services: Serving, caller: Calling, after: Annotated[int, Query(ge=0)] = 0, limit: Limit = 100
+    job_id: str,
+    services: Serving,
+    caller: Calling,
+    after: Annotated[int, Query(ge=0, le=2**63 - 1)] = 0,
+    limit: Limit = 100,
 ) -> dict[str, Any]:
     """A job's history after a sequence number, oldest first."""
     await _find(services, caller, job_id)
@@ -67,7 +72,8 @@ async def _find(services: Services, caller: Caller, job_id: str) -> TrainingJob:
 
 def _submit(services: Services, caller: Caller, name: str, body: TrainBody) -> TrainingJob:
     examples = [example.model_dump() for example in body.examples]
-    return services.store.jobs.submit(caller.tenant, name, examples, body.options())
+    options = {**body.options(), "base_digest": services.frozen.digest}
+    return services.store.jobs.submit(caller.tenant, name, examples, options)
 
 
 def _check_room(body: TrainBody, services: Services) -> None:

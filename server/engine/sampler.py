@@ -39,7 +39,11 @@ def _choose(logits: torch.Tensor, selections: Rows[Selection]) -> list[int | Non
 
 
 def _draw(logits: torch.Tensor, selections: Rows[Selection]) -> list[int]:
-    """Inverse-CDF sampling: tokens sorted by probability, filtered, then the one at the row's own uniform number."""
+    """Inverse-CDF sampling: the filtered token at the row's own uniform number.
+
+    Filters look at tokens in order of probability, the draw at tokens in order of id: rounding, which another batch
+    makes differ, swaps neighbours of nearly equal probability in the one order and hardly moves the other.
+    """
     params = [s.row.sequence.request.params for s in selections]
     device = logits.device
     temperature = torch.tensor([[p.temperature] for p in params], device=device)
@@ -53,12 +57,13 @@ def _draw(logits: torch.Tensor, selections: Rows[Selection]) -> list[int]:
     before = probabilities.cumsum(-1) - probabilities
     keep = (rank < top_k) & (before < top_p) & (probabilities >= min_p * probabilities[:, :1])
     keep[:, 0] = True
-    cumulative = (probabilities * keep).double().cumsum(-1)
+    kept = torch.zeros_like(probabilities).scatter(-1, order, probabilities * keep)
+    cumulative = kept.double().cumsum(-1)
     uniform = torch.tensor([[s.row.sequence.uniform()] for s in selections], dtype=torch.float64, device=device)
     index = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
     # Rounding could put a draw just past the last kept token.
-    index = torch.minimum(index, keep.long().mul(rank).max(-1, keepdim=True).values)
-    drawn: list[int] = order.gather(-1, index).flatten().tolist()
+    last = (kept > 0).long().mul(rank).amax(-1, keepdim=True)
+    drawn: list[int] = torch.minimum(index, last).flatten().tolist()
     return drawn
 
 

@@ -60,7 +60,8 @@ def test_manifest_round_trip(method):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "format must be 1, got '2'"),
+        ({"format": 2}, "format must be 1, got 2"),
+        ({"format": True}, "format must be 1, got True"),
         ({"method": "lora"}, "lora"),
         ({"method": []}, "manifest"),
         ({"geometry": {}}, "geometry"),

@@ -66,3 +66,17 @@ def test_what_runs_beside_the_first_goes_behind_it(tmp_path: Path) -> None:
     parent.send_signal(signal.SIGTERM)
     parent.communicate(timeout=10)
     assert second == min(first + 15, 19)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
+def test_killing_the_parent_outright_ends_the_children(tmp_path: Path) -> None:
+    leave = "def leave(*_): pathlib.Path('left').touch(); sys.exit()"
+    leaves = f"import pathlib, signal, sys\n{leave}\nsignal.signal(signal.SIGTERM, leave)\n"
+    parent = supervise(tmp_path, one=leaves + SERVER.format(name="one"))
+    wait_for(tmp_path, "one")
+    parent.kill()
+    parent.communicate(timeout=10)
+    deadline = time.monotonic() + 10
+    while not (tmp_path / "left").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

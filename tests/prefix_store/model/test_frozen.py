@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import T5Config
 
 from prefix_store.errors import ModelUnsupported
@@ -76,3 +77,26 @@ def test_positions_that_depend_on_the_batch_are_refused(folder, kind):
     (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
     with pytest.raises(ModelUnsupported, match="neighbours"):
         frozen.load(folder)
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused(tmp_path):
+    save_tiny("llama", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelUnsupported, match=r"lacks 1 of the model's weights, such as .*layers\.1\.mlp\.up_proj"):
+        frozen.load(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path):
+    save_tiny("llama", tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ModelUnsupported, match="cannot load the model"):
+        frozen.load(tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ModelUnsupported, match="sees no GPU"):
+        frozen.load(save_tiny("llama", tmp_path), device="cuda")

@@ -51,6 +51,6 @@ async def test_a_client_that_left_is_no_failure() -> None:
         return {}
 
     metrics = Metrics(stats, dict)
-    scope = {"type": "http", "method": "GET", "headers": []}
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
     await Exchange(leaves, metrics)(scope, nothing, nothing)
     assert metrics.responses.labels("none", str(CLIENT_LEFT))._value.get() == 1

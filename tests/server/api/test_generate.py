@@ -316,3 +316,26 @@ def test_a_finished_call_is_counted(client: TestClient) -> None:
     assert 'antefix_request_success_total{finished_reason="stop"} 2.0' in text
     assert 'antefix_request_success_total{finished_reason="length"} 1.0' in text
     assert "antefix_time_to_first_token_seconds_count 2.0" in text
+
+
+def test_a_field_given_twice_is_refused(client: TestClient) -> None:
+    body = '{"prompt": "x", "prefix_id": "carroll", "prefix_id": null}'
+    reply = client.post("/generate", content=body, headers={"content-type": "application/json"})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == "prefix_id"
+
+
+@pytest.mark.parametrize("body", ['{"prompt": "a", "stop": [%s]}', '{"prompt": [%s]}'])
+def test_a_million_wrong_items_do_not_keep_others_waiting(client: TestClient, body: str) -> None:
+    content = body % ",".join(["1.5"] * 900_000)
+    begun = time.monotonic()
+    reply = client.post("/generate", content=content, headers={"content-type": "application/json"})
+    assert reply.status_code == 400
+    assert time.monotonic() - begun < 5  # 16 s when each item gets an error of its own
+
+
+@pytest.mark.parametrize("path", ["/generate%0a", "/generate/", "/v1/prefixes/carroll%0a"])
+def test_almost_a_route_is_no_route(client: TestClient, path: str) -> None:
+    for reply in (client.post(path, json={"prompt": "x"}), client.delete(path)):
+        assert reply.status_code in (404, 405)
+        assert reply.json()["error"]["type"] == "invalid_request_error"

@@ -165,3 +165,18 @@ def test_the_route_may_be_called_with_the_full_reference(client: TestClient, fro
     upload(client, artefacts.native(frozen))
     assert client.get("/v1/prefixes/default/support@1").json()["id"] == "support"
     assert client.get("/v1/prefixes/default%2Fsupport").json()["id"] == "support"
+
+
+def test_a_part_given_twice_is_refused(client: TestClient, frozen: FrozenModel) -> None:
+    twice = [("file", ("a", b"x")), ("file", ("b", b"x"))]
+    reply = client.post("/v1/prefixes", data={"id": "twice"}, files=twice)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "file")
+
+
+@pytest.mark.parametrize("charset", ["undefined", "punycode", "utf-7", "unicode-escape"])
+def test_strange_charsets_are_a_400(client: TestClient, charset: str) -> None:
+    body = b'--X\r\nContent-Disposition: form-data; name="\\ud800+2AA-"\r\n\r\n\\ud800+2AA-\r\n--X--\r\n'
+    headers = {"content-type": f"multipart/form-data; boundary=X; charset={charset}"}
+    reply = client.post("/v1/prefixes", content=body, headers=headers)
+    assert reply.status_code == 400, reply.text
+    assert reply.json()["error"]["message"]

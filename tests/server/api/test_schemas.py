@@ -38,5 +38,5 @@ def test_defaults_are_those_of_the_records() -> None:
 
 
 def test_every_training_option_can_be_given() -> None:
-    options = {field.name for field in dataclasses.fields(TrainingSpec)} - {"data_digest"}
+    options = {field.name for field in dataclasses.fields(TrainingSpec)} - {"data_digest", "base_digest"}
     assert set(TrainBody.model_fields) == options
