@@ -302,6 +302,7 @@ def wait_for_metrics(store: Store, job: TrainingJob) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_killed_workers_job_is_finished_by_another_and_published_once(store, tmp_path, model_folder):
     job = submit(store, steps=300)
     with process(tmp_path, model_folder, 0) as running:
@@ -322,6 +323,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_a_terminated_worker_hands_back_and_ends_at_once(store, tmp_path, model_folder):
     job, port = submit(store, steps=5000), free_port()
     with process(tmp_path, model_folder, port) as running:
