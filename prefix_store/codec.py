@@ -33,15 +33,16 @@ def encode(manifest: PrefixManifest, tensors: PrefixTensors) -> bytes:
 def decode(path: Path) -> tuple[PrefixManifest, PrefixTensors]:
     """Reads a native file from anyone. The tensors own their memory. Raises InvalidPrefix for every flaw."""
     header = read_header(path)
-    if set(header.metadata) != {METADATA_KEY}:
-        raise InvalidPrefix(
-            f"__metadata__: expected the single key {METADATA_KEY!r}, got {_some(header.metadata)}", param="file"
-        )
-    manifest = PrefixManifest.from_json(strict_json(header.metadata[METADATA_KEY], "manifest"))
+    manifest = _manifest(header)
     _check_declared(header, manifest)
     tensors = read_tensors(path)
     validate(manifest, tensors)
     return manifest, tensors
+
+
+def read_manifest(path: Path) -> PrefixManifest:
+    """The manifest alone, without reading a tensor. Raises InvalidPrefix."""
+    return _manifest(read_header(path))
 
 
 def digest_of(source: bytes | Path) -> str:
@@ -50,6 +51,14 @@ def digest_of(source: bytes | Path) -> str:
         return hashlib.sha256(source).hexdigest()
     with source.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _manifest(header: Header) -> PrefixManifest:
+    if set(header.metadata) != {METADATA_KEY}:
+        raise InvalidPrefix(
+            f"__metadata__: expected the single key {METADATA_KEY!r}, got {_some(header.metadata)}", param="file"
+        )
+    return PrefixManifest.from_json(strict_json(header.metadata[METADATA_KEY], "manifest"))
 
 
 def _check_declared(header: Header, manifest: PrefixManifest) -> None:

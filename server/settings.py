@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from prefix_store.backends.base import DEFAULT_STORE
 from server.loopback import is_loopback
 
 PREFIX = "ANTEFIX_"
@@ -26,7 +27,7 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535)
     model: str | None = Field(default=None, description="hub id or folder; the bundled model if absent")
     model_name: str | None = Field(default=None, description="what replies call the model; the folder's name if absent")
-    store: str = "sqlite:///.antefix/store.db"
+    store: str = DEFAULT_STORE
     blobs: str | None = Field(default=None, description="a folder beside the SQLite file if absent")
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -15,7 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from prefix_store import codec
-from prefix_store.errors import AntefixError, InvalidPrefix, StoreCorrupt
+from prefix_store.errors import AntefixError, InvalidPrefix
 from prefix_store.model import frozen as models
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import PrefixVersion
@@ -35,7 +35,7 @@ BUNDLED_PREFIXES = models.BUNDLED.parent / "prefixes"
 CPU_POOL_SHARE, GPU_POOL_SHARE, LOADED_PREFIXES_SHARE = 0.25, 0.85, 0.125
 # What running requests get to finish in once the server was told to stop.
 SHUTDOWN_SECONDS = 1
-# Prefixes read at the start to find some that fit.
+# Prefixes whose headers are read at the start to find some that fit.
 LOOKED_AT = 50
 
 
@@ -121,8 +121,8 @@ def fitting(store: Store, frozen: FrozenModel) -> list[PrefixVersion]:
     """The default tenant's first prefixes that this model can serve; the store may hold another model's too."""
     found: list[PrefixVersion] = []
     for version in store.prefixes.page(DEFAULT_TENANT, limit=LOOKED_AT):
-        with suppress(InvalidPrefix, StoreCorrupt):
-            manifest, _ = store.prefixes.read(version)
+        with suppress(InvalidPrefix, OSError):
+            manifest = codec.read_manifest(store.prefixes.path(version))
             check_fits(manifest, frozen.geometry, frozen.digest, frozen.context_length)
             found.append(version)
         if len(found) > welcome.SHOWN:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from prefix_store.backends.base import DEFAULT_STORE
+
 PREFIX = "ANTEFIX_"
 
 
@@ -23,7 +25,7 @@ class Settings(BaseSettings):
     model_name: str | None = Field(
         default=None, description="what the start line calls the model; the folder's name if absent"
     )
-    store: str = "sqlite:///.antefix/store.db"
+    store: str = DEFAULT_STORE
     blobs: str | None = Field(default=None, description="a folder beside the SQLite file if absent")
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")
     worker_metrics_port: int = Field(default=8001, ge=0, le=65535, description="0 for none")

@@ -9,6 +9,9 @@ from prefix_store.jobs import Heartbeat, JobError, JobEvent, JobStatus, Training
 from prefix_store.prefix import PrefixManifest, PrefixVersion
 from prefix_store.tenants import ApiKey
 
+# Where server, trainer and command line keep everything unless they are told otherwise.
+DEFAULT_STORE = "sqlite:///.antefix/store.db"
+
 
 class Backend(Protocol):
     """Where the records are kept. Blobs are elsewhere and always written before the record that names them."""

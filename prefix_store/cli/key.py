@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from prefix_store.backends.base import DEFAULT_STORE
 from prefix_store.cli.client import fail
 from prefix_store.errors import AntefixError
 from prefix_store.tenants import DEFAULT_TENANT, SCOPES
@@ -16,7 +17,6 @@ from prefix_store.tenants import DEFAULT_TENANT, SCOPES
 if TYPE_CHECKING:
     from prefix_store.store import Store
 
-DEFAULT_STORE = "sqlite:///.antefix/store.db"
 app = typer.Typer(help="API keys: new, ls, rm.", no_args_is_help=True)
 
 

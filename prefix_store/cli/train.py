@@ -11,9 +11,10 @@ from urllib.parse import quote
 import typer
 
 from prefix_store.cli.client import Client, connect, fail
+from prefix_store.jobs import JobStatus
 
 POLL_SECONDS = 0.5
-FINAL = ("succeeded", "failed", "cancelled")
+FINAL = frozenset(status for status in JobStatus if status.is_final)
 FIELDS = {"prompt", "completion"}
 
 

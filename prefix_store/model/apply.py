@@ -16,13 +16,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import eager_mask
 
 from prefix_store.errors import ModelUnsupported
+from prefix_store.model import arguments
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import Window
 
 NAME = "antefix_reference"
 LAYER_TYPES = {"full_attention", "sliding_attention"}
-# What transformers passes along that has no bearing here: masks and positions are explicit, and nothing is cached.
-_IGNORED = {"dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "is_causal"}
 
 
 @dataclass(frozen=True)
@@ -168,11 +167,8 @@ def attention(
     Prefix-Tuning (Li & Liang 2021): o = softmax(q [K_prefix; K]^T * scaling) [V_prefix; V]. Returns `[B, T, Hq, D]`.
     Raises ModelUnsupported on anything that would change the result and that is not understood here.
     """
-    strange = sorted(
-        name for name, given in others.items() if name not in _IGNORED and given is not None and given is not False
-    )
-    if strange:
-        raise ModelUnsupported(f"the model's attention uses {', '.join(strange)}, which a prefix cannot share yet")
+    if unknown := arguments.strange(others):
+        raise ModelUnsupported(f"the model's attention uses {', '.join(unknown)}, which a prefix cannot share yet")
     if prefix is not None:
         layer: int = module.layer_idx  # type: ignore[assignment]
         kv = prefix.prefixes.kv[:, layer].to(key.dtype)

@@ -83,23 +83,27 @@ class PrefixLoader:
                 total -= size
 
 
-def check_served(manifest: PrefixManifest, tensors: PrefixTensors, dtype: torch.dtype) -> None:
-    """Raises InvalidPrefix for a method that is not served, PrefixMismatch for values that overflow the dtype."""
+def served_kv(manifest: PrefixManifest, tensors: PrefixTensors, dtype: torch.dtype) -> torch.Tensor:
+    """Canonical KV in the model's dtype.
+
+    Raises InvalidPrefix for a method that is not served, PrefixMismatch for values that overflow the dtype.
+    """
     if PAYLOADS[manifest.method] != SERVED:
         raise InvalidPrefix(
             f"prefixes of method {manifest.method.value!r} cannot be served yet; 'prefix' and 'text' can", param="file"
         )
-    if not bool(tensors[SERVED].to(dtype).isfinite().all()):
+    kv = tensors[SERVED].to(dtype).contiguous()
+    if not bool(kv.isfinite().all()):
         raise PrefixMismatch(f"the prefix has values that overflow this server's {dtype}", param="file")
+    return kv
 
 
 def payload_of(digest: str, manifest: PrefixManifest, tensors: PrefixTensors, dtype: torch.dtype) -> PrefixPayload:
-    """What the engine takes, in the model's dtype. Raises what `check_served` raises."""
-    check_served(manifest, tensors, dtype)
+    """What the engine takes. Raises what `served_kv` raises."""
     return PrefixPayload(
         digest=digest,
         virtual_tokens=manifest.virtual_tokens,
         position_offset=manifest.position_offset,
         slides=manifest.window is Window.SLIDES,
-        tensor=tensors[SERVED].to(dtype).contiguous(),
+        tensor=served_kv(manifest, tensors, dtype),
     )

@@ -51,10 +51,11 @@ class Residency:
         resident = self._residents[payload.digest] = Resident(payload, extent, pins=1)
         return resident
 
-    def count(self, *, hit: bool) -> None:
-        """Notes that a sequence starts with a prefix that was here already, or that had to be loaded."""
-        self.hits += hit
-        self.misses += not hit
+    def count_start(self, resident: Resident) -> None:
+        """Notes that a sequence starts with a prefix: a miss for the one it was loaded for, a hit for all others."""
+        self.hits += resident.is_loaded
+        self.misses += not resident.is_loaded
+        resident.is_loaded = True
 
     def unpin(self, resident: Resident) -> None:
         """One reader less."""

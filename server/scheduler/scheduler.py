@@ -167,8 +167,7 @@ class Scheduler:
             return False
         sequence.resident, sequence.extent = resident, extent
         if resident is not None:
-            self.residency.count(hit=resident.is_loaded)
-            resident.is_loaded = True
+            self.residency.count_start(resident)
         return True
 
     def _pin(self, payload: PrefixPayload) -> Resident | None:

@@ -39,3 +39,12 @@ def test_bundled_prefixes_are_published_once(store: Store, frozen: FrozenModel, 
 def test_no_folder_of_bundled_prefixes_is_none_to_publish(store: Store, tmp_path: Path) -> None:
     start.seed(store, tmp_path / "absent")
     assert store.prefixes.page("default") == []
+
+
+def test_only_prefixes_that_fit_the_model_are_advertised(store: Store, frozen: FrozenModel, tmp_path: Path) -> None:
+    (tmp_path / "fits.safetensors").write_bytes(artefacts.native(frozen))
+    (tmp_path / "other.safetensors").write_bytes(artefacts.native(frozen, base_digest="0" * 64))
+    (tmp_path / "lost.safetensors").write_bytes(artefacts.native(frozen, seed=1))
+    start.seed(store, tmp_path)
+    store.prefixes.path(store.prefixes.resolve(PrefixRef("default", "lost"))).unlink()
+    assert [version.name for version in start.fitting(store, frozen)] == ["fits"]

@@ -16,6 +16,7 @@ import torch
 from transformers import AttentionInterface
 
 from prefix_store.errors import ModelUnsupported
+from prefix_store.model import arguments
 from server.engine.attention import cpu, plain, segments
 from server.engine.attention.work import Mask, Part, WorkItem
 from server.engine.kv_pool import KVPool
@@ -25,8 +26,6 @@ BACKENDS = {
     "cpu": partial(segments.attend, cpu.attend_item),
     "plain": partial(segments.attend, plain.attend_item),
 }
-# What transformers passes along that has no bearing here: the packed step carries positions, masks and caches itself.
-_IGNORED = frozenset({"dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "is_causal"})
 _NO_WINDOW = 0
 
 
@@ -63,10 +62,8 @@ def attention(
     """
     if attention_mask is not None:
         raise ModelUnsupported("the model insists on an attention mask of its own")
-    given = {name for name, value in others.items() if value is not None and value is not False}
-    strange = sorted(given - _IGNORED)
-    if strange:
-        raise ModelUnsupported(f"the model's attention uses {', '.join(strange)}, which cannot be served yet")
+    if unknown := arguments.strange(others):
+        raise ModelUnsupported(f"the model's attention uses {', '.join(unknown)}, which cannot be served yet")
     window = sliding_window or _NO_WINDOW
     layer: int = module.layer_idx  # type: ignore[assignment]
     output = torch.ops.antefix.attend(
