@@ -23,7 +23,7 @@ from prefix_store.tensors import PrefixTensors, check_fits
 from server.api import references, views
 from server.api.auth import Caller, Calling
 from server.api.services import Services, Serving
-from server.engine.prefix_loader import served_kv
+from server.engine.prefix_loader import served_tensor
 
 PARTS = ("id", "file", "config")
 router = APIRouter(prefix="/v1/prefixes")
@@ -132,7 +132,7 @@ def _keep(services: Services, caller: Caller, name: str, config: bytes | None, f
         manifest, tensors = _decode(services, config, path)
     frozen = services.frozen
     check_fits(manifest, frozen.geometry, frozen.digest, frozen.context_length)
-    served_kv(manifest, tensors, frozen.dtype)  # for what it refuses
+    served_tensor(manifest, tensors, frozen.dtype)  # for what it refuses
     return services.store.prefixes.save(caller.tenant, name, manifest, tensors)
 
 

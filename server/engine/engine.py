@@ -14,7 +14,7 @@ from server.engine.kv_pool import KVPool, bytes_per_slot
 from server.engine.model_runner import ModelRunner
 from server.engine.sampler import sample
 from server.scheduler.messages import TokenEvent
-from server.scheduler.plan import RowResult, StepPlan
+from server.scheduler.plan import Load, RowResult, StepPlan
 from server.scheduler.scheduler import Limits, Scheduler
 
 
@@ -49,7 +49,10 @@ class Engine:
     def run(self, plan: StepPlan) -> list[RowResult]:
         """Carries out a plan on the device; one result for each of its rows."""
         for transfer in plan.transfers:
-            self.pool.apply(transfer)
+            if isinstance(transfer, Load) and transfer.payload.is_embeds:
+                self.runner.prefill(transfer.payload.tensor, transfer.extent)
+            else:
+                self.pool.apply(transfer)
         if not plan.rows:
             return []
         batch = build(plan, self.runner.windows, self.frozen.device)

@@ -10,8 +10,10 @@ from prefix_store.errors import ModelUnsupported
 from prefix_store.model.frozen import FrozenModel
 from server.engine import attention, linear
 from server.engine.attention import StepContext
+from server.engine.attention.work import prefill_item
 from server.engine.batch import Batch
 from server.engine.kv_pool import KVPool
+from server.scheduler.slots import Extent
 
 
 class ModelRunner:
@@ -38,6 +40,24 @@ class ModelRunner:
         )
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    @torch.inference_mode()
+    def prefill(self, embeds: torch.Tensor, extent: Extent) -> None:
+        """Makes a soft prompt `[P, E]` the keys and values of its extent, as if P tokens stood at positions 0 to P - 1.
+
+        Prompt tuning (Lester et al. 2021) puts the prompt before every input; the model is causal, so what its own
+        positions hold does not depend on what follows and is computed once for all rows.
+        """
+        count, device = len(embeds), self.frozen.device
+        slots = torch.arange(extent.start, extent.end, device=device)
+        work = {window: torch.tensor([prefill_item(extent, window).as_tuple()]) for window in self.windows}
+        self.frozen.model(
+            inputs_embeds=embeds[None].to(device),
+            position_ids=torch.arange(count, device=device)[None],
+            use_cache=False,
+            logits_to_keep=1,
+            antefix=StepContext(self.pool, slots, work, self.backend),
+        )
 
 
 def bind(model: torch.nn.Module) -> None:

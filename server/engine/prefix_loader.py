@@ -11,12 +11,12 @@ import torch
 
 from prefix_store.errors import InvalidPrefix, PrefixMismatch
 from prefix_store.model.frozen import FrozenModel
-from prefix_store.prefix import PrefixManifest, PrefixVersion, Window
+from prefix_store.prefix import Method, PrefixManifest, PrefixVersion, Window
 from prefix_store.store import PrefixStore
 from prefix_store.tensors import PAYLOADS, PrefixTensors, check_fits
 from server.scheduler.messages import PrefixPayload
 
-SERVED = "self.kv"
+SERVED = frozenset({Method.PREFIX, Method.TEXT, Method.PROMPT})
 
 
 @dataclass(frozen=True)
@@ -83,27 +83,29 @@ class PrefixLoader:
                 total -= size
 
 
-def served_kv(manifest: PrefixManifest, tensors: PrefixTensors, dtype: torch.dtype) -> torch.Tensor:
-    """Canonical KV in the model's dtype.
+def served_tensor(manifest: PrefixManifest, tensors: PrefixTensors, dtype: torch.dtype) -> torch.Tensor:
+    """A prefix's canonical tensor in the model's dtype.
 
     Raises InvalidPrefix for a method that is not served, PrefixMismatch for values that overflow the dtype.
     """
-    if PAYLOADS[manifest.method] != SERVED:
+    if manifest.method not in SERVED:
+        served = ", ".join(repr(method.value) for method in Method if method in SERVED)
         raise InvalidPrefix(
-            f"prefixes of method {manifest.method.value!r} cannot be served yet; 'prefix' and 'text' can", param="file"
+            f"prefixes of method {manifest.method.value!r} cannot be served yet; served are {served}", param="file"
         )
-    kv = tensors[SERVED].to(dtype).contiguous()
-    if not bool(kv.isfinite().all()):
+    tensor = tensors[PAYLOADS[manifest.method]].to(dtype).contiguous()
+    if not bool(tensor.isfinite().all()):
         raise PrefixMismatch(f"the prefix has values that overflow this server's {dtype}", param="file")
-    return kv
+    return tensor
 
 
 def payload_of(digest: str, manifest: PrefixManifest, tensors: PrefixTensors, dtype: torch.dtype) -> PrefixPayload:
-    """What the engine takes. Raises what `served_kv` raises."""
+    """What the engine takes. Raises what `served_tensor` raises."""
     return PrefixPayload(
         digest=digest,
         virtual_tokens=manifest.virtual_tokens,
         position_offset=manifest.position_offset,
         slides=manifest.window is Window.SLIDES,
-        tensor=served_kv(manifest, tensors, dtype),
+        tensor=served_tensor(manifest, tensors, dtype),
+        is_embeds=manifest.method is Method.PROMPT,
     )

@@ -23,8 +23,9 @@ class FinishReason(StrEnum):
 class PrefixPayload:
     """A prefix as the engine takes it: already read, checked and in host memory; immutable, keyed by digest.
 
-    `tensor` is opaque here (canonical KV `[L, 2, Hkv, P, D]` for the engine). `slides`: sliding-window layers let it
-    slide out of sight.
+    `tensor` is opaque here; for the engine it is canonical KV `[L, 2, Hkv, P, D]` or, where `is_embeds`, the input
+    embeddings `[P, E]` of a soft prompt, which become KV on the device. `slides`: sliding-window layers let it slide
+    out of sight.
     """
 
     digest: str
@@ -32,6 +33,7 @@ class PrefixPayload:
     position_offset: int
     slides: bool
     tensor: Any = field(repr=False, compare=False)
+    is_embeds: bool = False
 
 
 @dataclass(frozen=True)

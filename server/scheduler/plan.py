@@ -11,7 +11,7 @@ from server.scheduler.slots import Extent
 
 @dataclass(frozen=True)
 class Load:
-    """Copy a prefix's keys and values from the host into its extent."""
+    """Bring a prefix from the host into its extent: its keys and values, or what a soft prompt makes of them."""
 
     payload: PrefixPayload
     extent: Extent

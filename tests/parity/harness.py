@@ -49,7 +49,7 @@ class Recorder:
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
-        self.windows = runner.windows
+        self.windows, self.prefill = runner.windows, runner.prefill
         self.recorded: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def run(self, batch: Batch) -> torch.Tensor:

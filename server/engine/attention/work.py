@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from server.scheduler.plan import Row
+from server.scheduler.slots import Extent
 
 
 class Part(IntEnum):
@@ -64,6 +65,12 @@ def work_items(rows: Sequence[Row], window: int | None) -> list[WorkItem]:
             prefixes.append(prefix)
         q_lo += row.count
     return own + prefixes
+
+
+def prefill_item(extent: Extent, window: int) -> WorkItem:
+    """Tokens that fill an extent from position 0 on and see nothing else; `window` 0 is none."""
+    mask = Mask.WINDOW if window and extent.size > window else Mask.CAUSAL
+    return WorkItem(Part.OWN, mask, 0, extent.size, extent.start, extent.end, 0, 0)
 
 
 def _own(row: Row, q_lo: int, window: int | None) -> WorkItem:
