@@ -1,8 +1,9 @@
 """Writes the training text of the bundled prefixes: `python -m trainer.bundled_data --corpus FOLDER --out FOLDER`.
 
-The corpus folder holds `corpus/` (see trainer.corpus) and `authors/`. Each prefix gets `NAME/train.jsonl` and
-`NAME/dev.jsonl`; a row is `{"prompt", "completion"}`, and the completion opens with the space or line break before it.
-Training rows stay clear of the text that was held out from the bundled model; dev rows are made of it.
+The corpus folder holds `corpus/` (see trainer.corpus) and `authors/`; the tables come from trainer.records. Each prefix
+gets `NAME/train.jsonl` and `NAME/dev.jsonl`; a row is `{"prompt", "completion"}`, and the completion opens with the
+space or line break before it. Training rows stay clear of the text that was held out from the bundled model; dev rows
+are made of it.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer import records
 from trainer.corpus import SOURCES
 
-ROWS = {"train": 320, "dev": 40}
-SHORTEST, LONGEST = 80, 280  # characters of a row: at most about 120 tokens of the bundled vocabulary
+ROWS = {"train": 400, "dev": 60}
+SHORTEST, LONGEST = 80, 320  # characters of a row: at most about 120 tokens of the bundled vocabulary
+LOOKED_AT = 0.15  # share of the books' paragraphs that are graded: they are many
 PROMPT_WORDS = (0, 1, 2, 3, 4, 5)  # how much of a text may be given as its prompt
 SENTENCE = re.compile(r".*?\w{3}[.!?][\"'”’)]*(?:\s+|$)")  # three letters: "St." and "U.S." end nothing
 LISTING = re.compile(r"^[^A-Z\"]|;|[^\x00-\u024f\u2000-\u206f]")  # enumerations, scripts beyond Latin
@@ -99,6 +102,35 @@ def author_rows(author: str) -> Rows:
     return rows
 
 
+def school_grade(text: str) -> float:
+    """Flesch-Kincaid: about the years of school it takes to read this. A syllable is a run of vowels."""
+    words = re.findall(r"[a-z]+", text.lower())
+    syllables = sum(max(1, len(re.findall(r"[aeiouy]+", word.removesuffix("e")))) for word in words)
+    sentences = max(1, len(re.findall(r"[.!?]+", text)))
+    return 0.39 * len(words) / sentences + 11.8 * syllables / max(1, len(words)) - 15.59
+
+
+def reading_level(lowest: float, highest: float) -> Rows:
+    """Runs of sentences from the books whose school grade lies between the two."""
+
+    def rows(corpus: Path, part: str, draws: random.Random) -> Iterator[Row]:
+        share = LOOKED_AT if part == "train" else 1.0
+        for section in sections(corpus, "books_simple", part):
+            for paragraph in section.split("\n"):
+                if draws.random() < share:
+                    runs = [run for run in sentence_runs(paragraph) if lowest <= school_grade(run) <= highest]
+                    yield from (split_after_words(run, draws.choice(PROMPT_WORDS)) for run in runs)
+
+    return rows
+
+
+def table_rows(corpus: Path, part: str, draws: random.Random) -> Iterator[Row]:
+    """A record as prompt, a text about it as completion; the names of dev rows occur nowhere else."""
+    seed = draws.randrange(2**32)
+    for table, text, _ in records.table_rows(seed, 2 * ROWS[part], held_out=part == "dev"):
+        yield {"prompt": table, "completion": f"\n{text}"}
+
+
 @dataclass(frozen=True)
 class BundledPrefix:
     """A prefix that ships with the bundled model, and where its rows come from."""
@@ -112,6 +144,10 @@ PREFIXES = (
     BundledPrefix("speeches", paragraph_rows("us_speeches")),
     BundledPrefix("factbook", paragraph_rows("factbook")),
     BundledPrefix("carroll", author_rows("lewis_carroll")),
+    BundledPrefix("wodehouse", author_rows("p_g_wodehouse")),
+    BundledPrefix("easy", reading_level(-10, 1)),
+    BundledPrefix("hard", reading_level(13, 40)),
+    BundledPrefix("tables", table_rows),
 )
 
 

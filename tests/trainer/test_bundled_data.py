@@ -7,11 +7,16 @@ import pytest
 from trainer import bundled_data
 
 WORDS = ("island", "country", "people", "border", "river", "king", "trade", "season", "coast", "mountain", "winter")
-NAMES = ("plays", "speeches", "factbook", "carroll")
+NAMES = ("plays", "speeches", "factbook", "carroll", "wodehouse", "easy", "hard", "tables")
 
 
 def sentence(draws: random.Random) -> str:
     return " ".join(draws.choices(WORDS, k=9)).capitalize() + "."
+
+
+@pytest.fixture(autouse=True)
+def every_paragraph(monkeypatch):
+    monkeypatch.setattr(bundled_data, "LOOKED_AT", 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +29,27 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "corpus" / f"{name}.txt").write_text("\n\n".join(blocks), "utf-8")
     speeches = [f"{draws.choice(('ROMEO', 'JULIET'))}:\n{sentence(draws)}" for _ in range(200)]
     (folder / "corpus" / "tinyshakespeare.txt").write_text("\n\n".join(speeches), "utf-8")
-    author = folder / "authors" / "lewis_carroll"
-    author.mkdir(parents=True)
-    for part in ("train", "dev"):
-        rows = [{"prompt": sentence(draws), "completion": sentence(draws)} for _ in range(20)]
-        (author / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    for name in ("books_simple", "books_simple_valid"):
+        paragraphs = [f"{easy(draws)}\n{hard(draws)}" for _ in range(30)]
+        (folder / "corpus" / f"{name}.txt").write_text("\n\n".join(paragraphs), "utf-8")
+    for name in ("lewis_carroll", "p_g_wodehouse"):
+        author = folder / "authors" / name
+        author.mkdir(parents=True)
+        for part in ("train", "dev"):
+            rows = [{"prompt": sentence(draws), "completion": sentence(draws)} for _ in range(20)]
+            (author / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return folder
+
+
+def easy(draws: random.Random) -> str:
+    words = ["".join(map(draws.choice, ("bcdfgl", "aeiou", "mnprst"))) for _ in range(12)]
+    return " ".join(
+        f"{first.capitalize()} and a {second} ran." for first, second in zip(words[::2], words[1::2], strict=True)
+    )
+
+
+def hard(draws: random.Random) -> str:
+    return f"{' '.join(draws.choices(('consideration', 'extraordinary', 'deliberately'), k=8))} {sentence(draws)}"
 
 
 def written(folder: Path, name: str, part: str) -> list[dict[str, str]]:
@@ -60,6 +80,9 @@ def test_rows_fit_and_no_dev_sentence_is_trained_on(data, tmp_path, name):
     assert all(bundled_data.SHORTEST <= len(whole(row)) <= bundled_data.LONGEST for row in train + dev)
     assert all(row["completion"].strip() and set(row) == {"prompt", "completion"} for row in train + dev)
     seen = " ".join(whole(row) for row in train).lower()
+    if name == "tables":  # a short text about a common thing may come twice, a record of unseen names cannot
+        assert all(row["prompt"].lower() not in seen for row in dev)
+        return
     last_sentences = [whole(row).rstrip(".").replace("\n", ". ").split(". ")[-1].lower() for row in dev]
     assert all(last not in seen for last in last_sentences)
 
@@ -91,6 +114,18 @@ def test_sentence_runs(paragraph, runs):
     assert list(bundled_data.sentence_runs(paragraph)) == runs
 
 
+def test_reading_levels_part_the_easy_from_the_hard(data, tmp_path):
+    bundled_data.write(data, tmp_path)
+    for name, (low, high) in {"easy": (-10, 1), "hard": (13, 40)}.items():
+        for part in ("train", "dev"):
+            assert all(low <= bundled_data.school_grade(whole(row)) <= high for row in written(tmp_path, name, part))
+
+
+def test_school_grade_of_known_sentences():
+    assert bundled_data.school_grade("The cat sat on the mat.") == pytest.approx(0.39 * 6 + 11.8 - 15.59)
+    assert bundled_data.school_grade("Responsibility.") == pytest.approx(0.39 + 11.8 * 6 - 15.59)
+
+
 def test_two_full_rows_of_sentences_are_two_runs():
-    sentence = "A" + "a" * 150 + "."
+    sentence = "A" + "a" * 170 + "."
     assert list(bundled_data.sentence_runs(f"{sentence} {sentence}")) == [sentence, sentence]

@@ -26,6 +26,7 @@ TINY = pretrain.Recipe(
     windows=((0.0, 16), (0.5, 32)),
     batch_tokens=64,
     warmup_steps=4,
+    compiled=False,
 )
 ODD_TEXT = ' Two  spaces, 1945 & a tab\t; "naïve" — 日本 🙂\n\nROMEO:\nAy me!\r\n'
 WORDS = ("the", "a", "cat", "dog", "old", "king", "queen", "saw", "went", "home", "sea", "said", "little", "house")
@@ -57,6 +58,8 @@ def small_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Short measurements, and one thread: for tensors this small the others only wait for each other."""
     monkeypatch.setattr(pretrain, "GLANCE", 200)
     monkeypatch.setattr(pretrain, "THOROUGH", 400)
+    monkeypatch.setattr(corpus, "RECORDS", 20)
+    monkeypatch.setattr(corpus, "HELD_OUT_RECORDS", 2)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
