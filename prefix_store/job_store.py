@@ -7,19 +7,17 @@ import json
 import secrets
 import string
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from typing import Any
 
 from prefix_store.backends.base import Backend
 from prefix_store.backends.blobs import Blobs
 from prefix_store.codec import digest_of
 from prefix_store.errors import InvalidRequest, InvalidTrainingData
-from prefix_store.jobs import TRAINABLE, Objective, TrainingJob, TrainingSpec
-from prefix_store.prefix import Method, check_name
+from prefix_store.jobs import BUILT_IN_METHODS, TRAINABLE_OBJECTIVES, Objective, TrainingJob, TrainingSpec
+from prefix_store.prefix import check_name
 
 EXAMPLE_FIELDS = ("prompt", "completion")
 OPTIONS = frozenset(field.name for field in dataclasses.fields(TrainingSpec)) - {"data_digest", "examples"}
-CHOICES: dict[str, type[StrEnum]] = {"method": Method, "objective": Objective}
 _ID_ALPHABET = string.ascii_letters + string.digits
 
 
@@ -40,17 +38,22 @@ class JobStore:
         self.events = backend.events
 
     def submit(
-        self, tenant: str, name: str, examples: Sequence[Mapping[str, str]], options: Mapping[str, Any]
+        self,
+        tenant: str,
+        name: str,
+        examples: Sequence[Mapping[str, str]],
+        options: Mapping[str, Any],
+        methods: Sequence[str] = BUILT_IN_METHODS,
     ) -> TrainingJob:
         """Queues the training of `tenant/name` on examples of `prompt` and `completion`.
 
-        `options`: fields of TrainingSpec. Raises InvalidName, InvalidTrainingData with the line, InvalidRequest with
-        the field.
+        `options`: fields of TrainingSpec. `methods`: the names that its `method` may have. Raises InvalidName,
+        InvalidTrainingData with the line, InvalidRequest with the field.
         """
         check_name(tenant, "tenant")
         check_name(name)
         data = b"".join(_line(number, example) for number, example in enumerate(examples, start=1))
-        spec = _spec(digest_of(data), len(examples), options)
+        spec = _spec(digest_of(data), len(examples), options, methods)
         self._blobs.put(data)
         return self._backend.enqueue(_new_id(), tenant, name, spec)
 
@@ -72,26 +75,16 @@ def _line(number: int, example: Mapping[str, str]) -> bytes:
         raise InvalidTrainingData(f"line {number}: not valid Unicode", param="examples") from None
 
 
-def _spec(data_digest: str, examples: int, options: Mapping[str, Any]) -> TrainingSpec:
+def _spec(data_digest: str, examples: int, options: Mapping[str, Any], methods: Sequence[str]) -> TrainingSpec:
     for name in options:
         if name not in OPTIONS:
             raise InvalidRequest(f"unknown training option {name[:40]!r}", param=name[:40])
-    chosen = {name: _choice(name, options[name]) for name in CHOICES if name in options}
-    spec = TrainingSpec(data_digest, examples, **{**options, **chosen})
-    if (spec.method, spec.objective) not in TRAINABLE:
-        able = ", ".join(f"{method} with {objective}" for method, objective in sorted(TRAINABLE))
-        raise InvalidRequest(
-            f"method {spec.method} with objective {spec.objective} cannot be trained yet; what can: {able}",
-            param="method" if spec.method not in {method for method, _ in TRAINABLE} else "objective",
-        )
-    return spec
-
-
-def _choice(name: str, value: Any) -> StrEnum:
-    kinds = list(CHOICES[name])
-    if value not in kinds:
-        raise InvalidRequest(f"{name} must be one of {', '.join(kinds)}, got {str(value)[:40]!r}", param=name)
-    return CHOICES[name](value)
+    for name, able in {"method": methods, "objective": TRAINABLE_OBJECTIVES}.items():
+        if name in options and options[name] not in able:
+            asked = str(options[name])[:40]
+            raise InvalidRequest(f"{name} {asked!r} cannot be trained; what can: {', '.join(able)}", param=name)
+    objective = Objective(options.get("objective", TrainingSpec.objective))
+    return TrainingSpec(data_digest, examples, **{**options, "objective": objective})
 
 
 def _new_id() -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from prefix_store.errors import InvalidRequest
-from prefix_store.prefix import Method
 
 
 class JobStatus(StrEnum):
@@ -49,22 +50,43 @@ class Objective(StrEnum):
 
 
 # What a worker can do; anything else is refused when it is submitted, not after it has waited.
-TRAINABLE = frozenset({(Method.PREFIX, Objective.LM)})
+BUILT_IN_METHODS = ("prefix", "prompt")
+TRAINABLE_OBJECTIVES = (Objective.LM,)
+METHOD_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
+
+
+def method_files(setting: str) -> dict[str, Path]:
+    """An operator's own tuning methods: `a.py,folder/b.py` is `{"a": …, "b": …}`. No file is looked at.
+
+    Raises ValueError with the path and what is wrong with its name.
+    """
+    files: dict[str, Path] = {}
+    for path in (Path(part.strip()).expanduser() for part in setting.split(",") if part.strip()):
+        if path.suffix != ".py" or not METHOD_NAME.fullmatch(path.stem):
+            raise ValueError(f"{path}: must be called NAME.py, with 1 to 32 of a-z 0-9 _ and a letter first in NAME")
+        if path.stem in BUILT_IN_METHODS:
+            raise ValueError(f"{path}: {path.stem!r} is a method that is built in")
+        if path.stem in files:
+            raise ValueError(f"{path}: {files[path.stem]} already has that name")
+        files[path.stem] = path
+    return files
 
 
 @dataclass(frozen=True)
 class TrainingSpec:
     """What to train. `data_digest` names the examples' blob (JSONL of prompt and completion).
 
-    `steps` optimiser steps of `batch_size` examples; an example longer than `max_length` tokens loses its
-    prompt's beginning first. `learning_rate` is, for method prefix, a share of the spread of a layer's keys or values
-    and so means the same on every model: 0.02 to 0.4 learn, more where the text is unlike what the model writes.
-    `base_digest`: the model that the prefix is wanted for; None trusts whichever the worker has.
+    `method` names how the prefix is tuned, which is not what its file holds (`prefix.Method`). `steps` optimiser steps
+    of `batch_size` examples; an example longer than `max_length` tokens loses its prompt's beginning first.
+    `learning_rate` is, for the built-in methods, a share of the spread of what they tune, a layer's keys or values or
+    the input embeddings, and so means the same on every model: 0.02 to 0.4 learn with prefix and 0.1 to 1 with prompt,
+    more where the text is unlike what the model writes. `base_digest`: the model that the prefix is wanted for; None
+    trusts whichever the worker has.
     """
 
     data_digest: str
     examples: int
-    method: Method = Method.PREFIX
+    method: str = "prefix"
     objective: Objective = Objective.LM
     virtual_tokens: int = 16
     steps: int = 200
@@ -93,6 +115,8 @@ class TrainingSpec:
             if type(value) not in ((int,) if whole else (int, float)) or not low <= value <= high:
                 kind = "a whole number" if whole else "a number"
                 raise InvalidRequest(f"{name} must be {kind} from {low} to {high}, got {str(value)[:40]}", param=name)
+        if not isinstance(self.method, str) or not METHOD_NAME.fullmatch(self.method):
+            raise InvalidRequest(f"method must be a method's name, got {str(self.method)[:40]!r}", param="method")
         if not isinstance(self.init_text, str | None):
             raise InvalidRequest("init_text must be a text", param="init_text")
         if self.examples < 1:
@@ -105,7 +129,7 @@ class TrainingSpec:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> TrainingSpec:
         """Reads `to_json`'s object."""
-        return cls(**{**data, "method": Method(data["method"]), "objective": Objective(data["objective"])})
+        return cls(**{**data, "objective": Objective(data["objective"])})
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import Depends, FastAPI
 
+from prefix_store.jobs import BUILT_IN_METHODS
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.store import Store
 from server.api import errors, generate, ops, prefixes, training
@@ -28,12 +29,14 @@ def create_app(
     *,
     is_loopback: bool = True,
     require_prefix: bool = False,
+    methods: Sequence[str] = BUILT_IN_METHODS,
     max_upload_mb: int = 256,
     clock: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
     """Joins the parts of a server. The loop must run; it is stopped, and the store closed, when the app shuts down.
 
-    `clock` is the one that the engine reads deadlines by.
+    `methods` names the ways to tune a prefix that a job may ask for. `clock` is the one that the engine reads deadlines
+    by.
     """
 
     @asynccontextmanager
@@ -54,7 +57,7 @@ def create_app(
     )
     metrics = Metrics(loop.stats, store.jobs.job_counts)
     gate = Gate(store.keys, is_loopback=is_loopback)
-    app.state.services = Services(store, frozen, loop, loader, metrics, gate, require_prefix, clock)
+    app.state.services = Services(store, frozen, loop, loader, metrics, gate, require_prefix, methods, clock)
     errors.install(app)
     app.add_middleware(BodyLimit, upload_bytes=max_upload_mb * MB)
     app.add_middleware(Exchange, metrics=metrics)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from prefix_store import jobs
 from prefix_store.backends.base import DEFAULT_STORE
 from server.loopback import is_loopback
 
@@ -32,6 +34,11 @@ class Settings(BaseSettings):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     require_prefix: bool = False
+    methods: Annotated[dict[str, Path], NoDecode, BeforeValidator(jobs.method_files)] = Field(
+        default={},
+        validate_default=False,
+        description="the worker's own tuning methods; only their names count here, no file is opened",
+    )
     max_upload_mb: int = Field(default=256, ge=1, le=65536)
     max_waiting: int = Field(default=1024, ge=1)
     max_batch: int = Field(default=64, ge=1, le=4096, description="rows that run at the same time")
@@ -45,6 +52,11 @@ class Settings(BaseSettings):
         """Whether only this machine can reach the server."""
         return is_loopback(self.host)
 
+    @property
+    def method_names(self) -> tuple[str, ...]:
+        """The ways to tune a prefix that a job may ask for."""
+        return (*jobs.BUILT_IN_METHODS, *self.methods)
+
 
 def read() -> Settings:
     """Reads the environment. Raises SystemExit with one line that names the variable."""
@@ -54,7 +66,8 @@ def read() -> Settings:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = f"{PREFIX}{first['loc'][0]}".upper()
-        raise SystemExit(f"antefix: {name}={str(first['input'])[:80]!r}: {first['msg']}") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise SystemExit(f"antefix: {name}={str(first['input'])[:80]!r}: {reason}") from None
 
 
 def _refuse_unknown(environment: Mapping[str, str]) -> None:

@@ -66,6 +66,7 @@ def _serve(chosen: Settings) -> None:
         loader,
         is_loopback=chosen.is_loopback,
         require_prefix=chosen.require_prefix,
+        methods=chosen.method_names,
         max_upload_mb=chosen.max_upload_mb,
     )
     loop.start()

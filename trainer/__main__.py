@@ -17,6 +17,7 @@ from prefix_store.errors import AntefixError
 from prefix_store.model import frozen
 from prefix_store.store import Store
 from trainer import settings
+from trainer.methods import METHODS, files
 from trainer.worker import Worker, say
 
 METRICS_HOST = "127.0.0.1"
@@ -41,7 +42,11 @@ def main() -> int:
 
 
 def make_worker(chosen: settings.Settings, registry: CollectorRegistry) -> Worker:
-    """Opens the store, loads the model and prints the start line. Raises StoreUnavailable, ModelUnsupported."""
+    """Opens the store, loads the model and prints the start line.
+
+    Raises SystemExit for a method's file that cannot be used, StoreUnavailable, ModelUnsupported.
+    """
+    methods = {**METHODS, **files.load(chosen.methods)}
     jobs = Counter("antefix_worker_jobs", "Jobs by how they ended", ["status"], registry=registry)
     steps = Counter("antefix_worker_steps", "Training steps taken", registry=registry)
     store = Store.open(chosen.store, chosen.blobs)
@@ -53,10 +58,12 @@ def make_worker(chosen: settings.Settings, registry: CollectorRegistry) -> Worke
         store,
         model,
         f"{socket.gethostname()}-{os.getpid()}",
+        methods=methods,
         on_step=steps.inc,
         on_end=lambda status: jobs.labels(status).inc(),
     )
-    say(f"{worker.name} trains {model.name} ({model.digest[:12]}) in float32 on {device}, jobs from {place}")
+    what = f"{model.name} ({model.digest[:12]}) by {', '.join(methods)}"
+    say(f"{worker.name} trains {what} in float32 on {device}, jobs from {place}")
     return worker
 
 

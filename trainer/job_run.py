@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from itertools import chain
 
-from prefix_store.errors import ContextLengthExceeded, PrefixMismatch, StoreUnavailable
+from prefix_store.errors import ContextLengthExceeded, InvalidRequest, PrefixMismatch, StoreUnavailable
 from prefix_store.jobs import TrainingSpec
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import PrefixVersion
@@ -18,8 +18,7 @@ from trainer.data import Batch, Example
 from trainer.evaluate import nats_per_token
 from trainer.lease import Lease
 from trainer.loop import Fit, Progress, fit, is_due
-from trainer.methods import METHODS
-from trainer.methods.base import TuningMethod
+from trainer.methods.base import NewMethod, TuningMethod
 
 LINES, POINTS = 10, 100  # a run: lines printed, points of its loss curve
 ROOM_LEAST = 2  # a token to predict from and one to predict
@@ -29,9 +28,15 @@ class JobRun:
     """Trains under a lease, tells how it goes, and publishes. Every step first asks the lease whether to go on."""
 
     def __init__(
-        self, store: Store, frozen: FrozenModel, lease: Lease, say: Callable[[str], None], on_step: Callable[[], None]
+        self,
+        store: Store,
+        frozen: FrozenModel,
+        methods: Mapping[str, NewMethod],
+        lease: Lease,
+        say: Callable[[str], None],
+        on_step: Callable[[], None],
     ) -> None:
-        self._store, self._frozen, self._lease = store, frozen, lease
+        self._store, self._frozen, self._methods, self._lease = store, frozen, methods, lease
         self._say, self._on_step = say, on_step
         self._job, self._spec = lease.job, lease.job.spec
 
@@ -46,6 +51,7 @@ class JobRun:
                 f"the job was queued for another base model: expected {str(self._spec.base_digest)[:12]}…, "
                 f"this worker has {self._frozen.digest[:12]}…"
             )
+        new_method = find(self._methods, self._spec.method)
         room = room_for_text(self._spec, self._frozen.context_length)
         examples = data.tokenize(self._frozen.tokenizer, self._store.jobs.examples(self._job), room)
         parts = data.split(examples, self._spec.seed)
@@ -53,7 +59,7 @@ class JobRun:
             f"training on {len(parts.train)} examples, validating on {len(parts.valid)}, up to {room} tokens an example"
         )
         text = chain.from_iterable(example.ids for example in parts.train)
-        method = METHODS[self._spec.method](self._frozen, self._spec, text)
+        method = new_method(self._frozen, self._spec, text)
         validate = partial(self._validate, method, parts.valid) if parts.valid else None
         result = fit(self._frozen, method, parts.train, self._spec, validate=validate, on_progress=self._hear)
         self._tell(summary(result))
@@ -86,6 +92,16 @@ class JobRun:
         # a gap in the history is no reason to end a run
         with suppress(StoreUnavailable):
             self._store.jobs.add_event(self._job, kind, content)
+
+
+def find(methods: Mapping[str, NewMethod], name: str) -> NewMethod:
+    """The method of that name. Raises InvalidRequest where the worker has none; the server may know of more."""
+    if name not in methods:
+        raise InvalidRequest(
+            f"this worker has no method {name!r}, only {', '.join(methods)}; ANTEFIX_METHODS gives it more",
+            param="method",
+        )
+    return methods[name]
 
 
 def room_for_text(spec: TrainingSpec, context_length: int) -> int:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pathlib import Path
+from typing import Annotated
 
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from prefix_store import jobs
 from prefix_store.backends.base import DEFAULT_STORE
 
 PREFIX = "ANTEFIX_"
@@ -28,6 +32,9 @@ class Settings(BaseSettings):
     store: str = DEFAULT_STORE
     blobs: str | None = Field(default=None, description="a folder beside the SQLite file if absent")
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")
+    methods: Annotated[dict[str, Path], NoDecode, BeforeValidator(jobs.method_files)] = Field(
+        default={}, validate_default=False, description="Python files of tuning methods, with commas between them"
+    )
     worker_metrics_port: int = Field(default=8001, ge=0, le=65535, description="0 for none")
 
 
@@ -38,4 +45,5 @@ def read() -> Settings:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = f"{PREFIX}{first['loc'][0]}".upper()
-        raise SystemExit(f"antefix worker: {name}={str(first['input'])[:80]!r}: {first['msg']}") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise SystemExit(f"antefix worker: {name}={str(first['input'])[:80]!r}: {reason}") from None

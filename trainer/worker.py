@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -15,6 +15,8 @@ from prefix_store.model.frozen import FrozenModel
 from prefix_store.store import Store
 from trainer.job_run import JobRun
 from trainer.lease import Cancelled, Lease
+from trainer.methods import METHODS
+from trainer.methods.base import NewMethod
 
 LOST = "lost"  # how a job ends for this worker when another owns it or the store cannot be told
 FAILURES: dict[type[Exception], str] = {
@@ -41,6 +43,7 @@ class Worker:
         frozen: FrozenModel,
         name: str,
         *,
+        methods: Mapping[str, NewMethod] = METHODS,
         lease_seconds: float = 60.0,
         heartbeat_seconds: float = 10.0,
         say: Callable[[str], None] = say,
@@ -50,6 +53,7 @@ class Worker:
         self.name = name
         self._store = store
         self._frozen = apply.attach(frozen)
+        self._methods = methods
         self._lease_seconds, self._heartbeat_seconds = lease_seconds, heartbeat_seconds
         self._say, self._on_step, self._on_end = say, on_step, on_end
         self._stopping = threading.Event()
@@ -97,7 +101,7 @@ class Worker:
         job = lease.job
         self._say(f"{job.id}: {job.tenant}/{job.name}, attempt {job.attempt}, {job.spec.steps} steps")
         try:
-            version = JobRun(self._store, self._frozen, lease, self._say, self._on_step).publish()
+            version = JobRun(self._store, self._frozen, self._methods, lease, self._say, self._on_step).publish()
         except Cancelled:
             return self._end(lease, JobStatus.CANCELLED)
         except (LeaseLost, StoreUnavailable) as error:

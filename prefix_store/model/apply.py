@@ -143,9 +143,18 @@ def logits(
 @torch.no_grad()
 def prefill_kv(frozen: FrozenModel, ids: Sequence[int]) -> torch.Tensor:
     """Canonical KV `[L, 2, Hkv, P, D]` in float32 of P real tokens at positions 0 to P - 1."""
+    return _prefill(frozen, input_ids=torch.tensor([ids], device=frozen.device))
+
+
+def prefill_embeds(frozen: FrozenModel, embeds: torch.Tensor) -> torch.Tensor:
+    """Canonical KV of P virtual tokens in the same places, of input embeddings `[P, E]`; has their gradients."""
+    return _prefill(frozen, inputs_embeds=embeds[None].to(frozen.dtype))
+
+
+def _prefill(frozen: FrozenModel, **inputs: torch.Tensor) -> torch.Tensor:
     # a cache made from the config would keep no more than the window of a sliding layer
     cache: Any = DynamicCache()
-    frozen.model(torch.tensor([ids], device=frozen.device), past_key_values=cache, use_cache=True)
+    frozen.model(**inputs, past_key_values=cache, use_cache=True)
     return torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]).float()
 
 

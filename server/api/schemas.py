@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from prefix_store.errors import InvalidRequest
 from prefix_store.jobs import Objective
-from prefix_store.prefix import Method
 from server.api import errors
 
 # one bound for all integers, so that none can be too large to be turned into a float and compared
@@ -75,7 +74,7 @@ class TrainBody(Body):
     """POST /v1/prefixes/{name}/train. An absent option is `TrainingSpec`'s default, and so are the ranges."""
 
     examples: Annotated[list[Example], Field(fail_fast=True, min_length=1, max_length=100_000)]
-    method: Method | None = None
+    method: str | None = None
     objective: Objective | None = None
     virtual_tokens: Integer | None = None
     steps: Integer | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Services:
-    """The parts of one server. `clock` is the engine's: deadlines are in its seconds."""
+    """The parts of one server.
+
+    `methods`: the ways to tune a prefix that a job may ask for. `clock` is the engine's: deadlines are in its seconds.
+    """
 
     store: Store
     frozen: FrozenModel
@@ -29,6 +32,7 @@ class Services:
     metrics: Metrics
     gate: Gate
     require_prefix: bool
+    methods: Sequence[str]
     clock: Callable[[], float]
     # one text at a time: a tokenizer is not made for several threads, and there are few cores
     tokenizing: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))

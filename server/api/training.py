@@ -73,7 +73,7 @@ async def _find(services: Services, caller: Caller, job_id: str) -> TrainingJob:
 def _submit(services: Services, caller: Caller, name: str, body: TrainBody) -> TrainingJob:
     examples = [example.model_dump() for example in body.examples]
     options = {**body.options(), "base_digest": services.frozen.digest}
-    return services.store.jobs.submit(caller.tenant, name, examples, options)
+    return services.store.jobs.submit(caller.tenant, name, examples, options, services.methods)
 
 
 def _check_room(body: TrainBody, services: Services) -> None:

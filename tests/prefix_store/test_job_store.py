@@ -4,7 +4,6 @@ import pytest
 
 from prefix_store.errors import InvalidName, InvalidRequest, InvalidTrainingData, StoreCorrupt
 from prefix_store.jobs import JobStatus, Objective, TrainingSpec
-from prefix_store.prefix import Method
 from prefix_store.store import Store
 
 EXAMPLES = [
@@ -30,7 +29,7 @@ def test_submitting_queues_a_job(jobs):
     assert re.fullmatch(r"ftjob-[A-Za-z0-9]{24}", job.id)
     assert job == jobs.job("acme", job.id)
     assert (job.status, job.tenant, job.name) == (JobStatus.QUEUED, "acme", "support")
-    assert job.spec == TrainingSpec(job.spec.data_digest, 2, Method.PREFIX, Objective.LM, steps=7)
+    assert job.spec == TrainingSpec(job.spec.data_digest, 2, "prefix", Objective.LM, steps=7)
 
 
 def test_examples_come_back_as_they_were(jobs):
@@ -82,7 +81,8 @@ def test_bad_examples_are_refused_by_line(jobs, example, message):
         ({"method": ["prefix"]}, "method"),
         ({"objective": "win"}, "objective"),
         ({"init_text": 1}, "init_text"),
-        ({"method": "prompt"}, "method"),
+        ({"method": "prefix_plus"}, "method"),
+        ({"objective": ["lm"]}, "objective"),
         ({"objective": "distil"}, "objective"),
     ],
 )
@@ -91,6 +91,14 @@ def test_bad_options_are_refused_by_name(jobs, options, field):
         jobs.submit("acme", "support", EXAMPLES, options)
     assert caught.value.param == field
     assert field in caught.value.message
+
+
+def test_a_method_may_be_any_that_the_caller_allows(jobs):
+    assert jobs.submit("acme", "support", EXAMPLES, {"method": "prompt"}).spec.method == "prompt"
+    with pytest.raises(InvalidRequest, match=r"^method 'low_rank' cannot be trained; what can: prefix, prompt$"):
+        jobs.submit("acme", "support", EXAMPLES, {"method": "low_rank"})
+    allowed = jobs.submit("acme", "support", EXAMPLES, {"method": "low_rank"}, methods=["prefix", "low_rank"])
+    assert jobs.job("acme", allowed.id).spec.method == "low_rank"
 
 
 def test_no_examples_are_refused(jobs):

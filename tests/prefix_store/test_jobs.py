@@ -1,11 +1,11 @@
 import json
 import math
+from pathlib import Path
 
 import pytest
 
 from prefix_store.errors import InvalidRequest
-from prefix_store.jobs import TRANSITIONS, JobStatus, Objective, TrainingSpec
-from prefix_store.prefix import Method
+from prefix_store.jobs import TRANSITIONS, JobStatus, Objective, TrainingSpec, method_files
 from tests.prefix_store.samples import SPEC
 
 
@@ -18,13 +18,49 @@ def test_final_statuses():
 
 
 def test_spec_survives_json():
-    spec = TrainingSpec("d" * 64, 3, Method.PREFIX_PLUS, Objective.DISTIL, init_text="Hello", seed=7)
+    spec = TrainingSpec("d" * 64, 3, "low_rank", Objective.DISTIL, init_text="Hello", seed=7)
     assert TrainingSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_a_spec_stored_when_methods_were_few_still_reads():
+    stored = """{"data_digest": "d", "examples": 3, "method": "prefix", "objective": "lm", "virtual_tokens": 16,
+        "steps": 200, "batch_size": 8, "learning_rate": 0.1, "max_length": 256, "init_text": null, "seed": 0,
+        "base_digest": null}"""
+    assert TrainingSpec.from_json(json.loads(stored)) == TrainingSpec("d", 3)
+
+
+def test_method_files_are_named_after_their_stems():
+    home = str(Path.home())
+    named = {"a": Path("a.py"), "low_rank2": Path("x/low_rank2.py"), "c": Path(home, "c.py")}
+    assert method_files(" a.py,x/low_rank2.py , ~/c.py,") == named
+    assert method_files("") == {}
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("mine", "mine: must be called NAME.py"),
+        ("mine.txt", "mine.txt: must be called NAME.py"),
+        ("ok.py,My.py", "My.py: must be called"),
+        ("2.py", "must be called"),
+        ("a-b.py", "must be called"),
+        (f"{'a' * 33}.py", "must be called"),
+        ("x/prefix.py", "x/prefix.py: 'prefix' is a method that is built in"),
+        ("a.py,b/a.py", "b/a.py: a.py already has that name"),
+    ],
+)
+def test_a_method_file_with_a_bad_name_is_refused(setting, reason):
+    with pytest.raises(ValueError, match=reason):
+        method_files(setting)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("method", None),
+        ("method", ["prefix"]),
+        ("method", "Low Rank"),
+        ("method", ""),
         ("virtual_tokens", 0),
         ("virtual_tokens", 4097),
         ("steps", 0),

@@ -24,9 +24,17 @@ def test_every_field_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch) 
     assert (read.port, read.model, read.require_prefix, read.kv_slots, read.blobs) == (9, "m", True, 77, None)
 
 
+def test_the_names_of_a_workers_own_methods_are_taken_from_their_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings.read().method_names == ("prefix", "prompt")
+    monkeypatch.setenv("ANTEFIX_METHODS", "/absent/low_rank.py,mine.py")
+    assert settings.read().method_names == ("prefix", "prompt", "low_rank", "mine")
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("METHODS", "low-rank.py"),
+        ("METHODS", "a/prefix.py"),
         ("PORT", "x"),
         ("PORT", "70000"),
         ("DTYPE", "int8"),

@@ -36,6 +36,24 @@ def test_the_start_line_says_what_is_trained_and_where_jobs_come_from(tmp_path, 
     assert registry.get_sample_value("antefix_worker_steps_total") == 0.0
 
 
+def test_a_method_of_ones_own_stands_in_the_start_line(tmp_path, capsys):
+    folder = save_tiny("llama", tmp_path / "tiny")
+    (tmp_path / "mine.py").write_text("METHOD = print")
+    chosen = Settings(
+        model=str(folder), store=f"sqlite:///{tmp_path}/store.db", device="cpu", methods=f"{tmp_path}/mine.py"
+    )
+    program.make_worker(chosen, CollectorRegistry())
+    assert " by prefix, prompt, mine in float32 " in capsys.readouterr().out
+
+
+def test_a_method_that_cannot_be_used_ends_the_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("ANTEFIX_STORE", f"sqlite:///{tmp_path}/store.db")
+    monkeypatch.setenv("ANTEFIX_METHODS", f"{tmp_path}/absent.py")
+    with pytest.raises(SystemExit, match=r"absent\.py: there is no such file"):
+        program.main()
+    assert not (tmp_path / "store.db").exists(), "it is looked at before all else"
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "words"),
     [

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +17,7 @@ def bare_environment(monkeypatch):
 def test_the_defaults_work_without_an_environment():
     chosen = settings.read()
     assert (chosen.model, chosen.store, chosen.blobs) == (None, "sqlite:///.antefix/store.db", None)
-    assert (chosen.device, chosen.worker_metrics_port) == ("auto", 8001)
+    assert (chosen.device, chosen.worker_metrics_port, chosen.methods) == ("auto", 8001, {})
 
 
 def test_the_environment_is_read_and_the_servers_variables_passed_over(monkeypatch):
@@ -28,7 +29,20 @@ def test_the_environment_is_read_and_the_servers_variables_passed_over(monkeypat
     assert (chosen.model, chosen.worker_metrics_port, chosen.blobs) == ("/models/mine", 0, None)
 
 
-def test_a_bad_value_is_named_in_one_line(monkeypatch):
-    monkeypatch.setenv("ANTEFIX_WORKER_METRICS_PORT", "many")
-    with pytest.raises(SystemExit, match="ANTEFIX_WORKER_METRICS_PORT='many'"):
+def test_methods_of_ones_own_are_files_by_name(monkeypatch):
+    monkeypatch.setenv("ANTEFIX_METHODS", "low_rank.py, /srv/methods/mine.py")
+    assert settings.read().methods == {"low_rank": Path("low_rank.py"), "mine": Path("/srv/methods/mine.py")}
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("ANTEFIX_WORKER_METRICS_PORT", "many", "Input should be a valid integer"),
+        ("ANTEFIX_METHODS", "prompt.py", "prompt.py: 'prompt' is a method that is built in"),
+    ],
+)
+def test_a_bad_value_is_named_in_one_line(monkeypatch, variable, value, reason):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SystemExit, match=f"^antefix worker: {variable}='{value}': {reason}") as caught:
         settings.read()
+    assert "\n" not in str(caught.value)

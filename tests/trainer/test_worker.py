@@ -19,7 +19,7 @@ from prefix_store import tensors
 from prefix_store.errors import PrefixNotFound, StoreUnavailable
 from prefix_store.jobs import JobStatus, TrainingJob
 from prefix_store.model import apply
-from prefix_store.prefix import PrefixRef, Window
+from prefix_store.prefix import Method, PrefixRef, Window
 from prefix_store.store import Store
 from tests.models import CONTEXT, save_tiny, tiny_frozen
 from trainer.job_run import JobRun
@@ -85,6 +85,23 @@ def test_a_job_becomes_a_published_prefix(store):
     assert (manifest.virtual_tokens, manifest.position_offset, manifest.window) == (3, 3, Window.ALWAYS)
     assert kept["self.kv"].dtype is torch.float32
     assert any("published acme/numbers@1" in line for line in lines)
+
+
+def test_a_job_may_ask_for_a_soft_prompt(store):
+    submit(store, method="prompt")
+    make_worker(store).run_until_empty()
+    manifest, kept = store.prefixes.read(store.prefixes.resolve(PrefixRef(TENANT, NAME)))
+    assert (manifest.method, manifest.virtual_tokens, manifest.window) == (Method.PROMPT, 3, Window.SLIDES)
+    assert kept["embeds"].shape == (3, FROZEN.geometry.hidden_size)
+
+
+def test_a_method_that_the_worker_lacks_fails_the_job(store):
+    job = store.jobs.submit(TENANT, NAME, EXAMPLES, {**QUICK, "method": "low_rank"}, methods=["low_rank"])
+    make_worker(store).run_until_empty()
+    failed = now(store, job)
+    assert (failed.status, versions(store)) == (JobStatus.FAILED, 0)
+    assert failed.error is not None
+    assert failed.error.message.startswith("this worker has no method 'low_rank', only prefix, prompt;")
 
 
 def test_a_job_tells_how_it_goes(store):

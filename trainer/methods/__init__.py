@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from prefix_store.prefix import Method
 from trainer.methods.base import NewMethod
 from trainer.methods.prefix import DirectKV
+from trainer.methods.prompt import SoftPrompt
 
-METHODS: dict[Method, NewMethod] = {Method.PREFIX: DirectKV}
+METHODS: dict[str, NewMethod] = {"prefix": DirectKV, "prompt": SoftPrompt}

@@ -1,17 +1,18 @@
-"""The face that every tuning method shows to the training loop."""
+"""The face that every tuning method shows to the training loop, and what methods have in common behind it."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
 from prefix_store.jobs import TrainingSpec
 from prefix_store.model.apply import PrefixRows
 from prefix_store.model.frozen import FrozenModel
-from prefix_store.prefix import PrefixManifest
-from prefix_store.tensors import PrefixTensors
+from prefix_store.prefix import Method, PrefixManifest, Window
+from prefix_store.tensors import PAYLOADS, PrefixTensors
 
 
 class TuningMethod(Protocol):
@@ -35,3 +36,61 @@ class TuningMethod(Protocol):
 
 # Makes a method from the frozen model, the job's specification and the token ids of its training text.
 NewMethod = Callable[[FrozenModel, TrainingSpec, Iterable[int]], TuningMethod]
+
+
+class KVMethod(ABC):
+    """A tuning method whose `P` virtual tokens act through keys and values: a subclass says what is tuned, and how.
+
+    A subclass whose file holds something else than its KV also names the `payload` and overrides `content`.
+    """
+
+    payload: ClassVar[Method] = Method.PREFIX  # what the finished file holds
+    window: ClassVar[Window] = Window.ALWAYS
+
+    def __init__(self, frozen: FrozenModel, spec: TrainingSpec) -> None:
+        self.frozen = frozen
+        self.virtual_tokens = spec.virtual_tokens
+        self._last: torch.Tensor | None = None  # the KV that the next backward goes through
+
+    @abstractmethod
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """What the optimiser moves, float32."""
+
+    @abstractmethod
+    def kv(self) -> torch.Tensor:
+        """The prefix now, `[L, 2, Hkv, P, D]`, keys as they stand in a cache, differentiable in the parameters."""
+
+    def content(self) -> torch.Tensor:
+        """What the finished file holds, in its canonical layout."""
+        return self.kv()
+
+    def rows(self, count: int) -> PrefixRows:
+        """Every row shares the one prefix; real tokens start after it."""
+        kv = self.kv()
+        if kv.requires_grad:
+            kv.retain_grad()
+            self._last = kv
+        return PrefixRows.shared(kv, count, self.virtual_tokens, self.window)
+
+    def layers_without_gradient(self) -> list[int]:
+        """Layers whose keys and values the last backward did not reach."""
+        gradient = None if self._last is None else self._last.grad
+        if gradient is None:
+            return list(range(self.frozen.geometry.layers))
+        return [layer for layer in range(len(gradient)) if not gradient[layer].any()]
+
+    def manifest(self) -> PrefixManifest:
+        """Bound to this very base model."""
+        return PrefixManifest(
+            method=self.payload,
+            geometry=self.frozen.geometry,
+            virtual_tokens=self.virtual_tokens,
+            position_offset=self.virtual_tokens,
+            base_digest=self.frozen.digest,
+            window=self.window,
+        )
+
+    @torch.no_grad()
+    def tensors(self) -> PrefixTensors:
+        """A copy of the content, under the name that the payload has in the file."""
+        return {PAYLOADS[self.payload]: self.content().clone().cpu().contiguous()}

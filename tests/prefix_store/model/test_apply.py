@@ -155,6 +155,25 @@ def test_a_prefix_made_from_text_is_that_text_in_context(family):
     assert largest(with_prefix(family, ids[:, length:], kv, 0), expected) > FAR
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prefix_made_from_embeddings_is_those_embeddings_in_context_forward_and_backward(family):
+    length = 2 * WINDOW  # longer than a window, of which a cache would keep no more
+    model, ids = plain(family).model, some_ids()
+    generator = torch.Generator().manual_seed(0)
+    embeds = torch.randn(length, 48, generator=generator).requires_grad_()
+    both = torch.cat([embeds.expand(2, -1, -1), model.get_input_embeddings()(ids)], dim=1)
+    expected = model(inputs_embeds=both).logits[:, length:]
+    got = with_prefix(family, ids, apply.prefill_embeds(attached(family), embeds), length)
+    wrong = with_prefix(family, ids, apply.prefill_embeds(attached(family), embeds), 0)
+    there, here, elsewhere = (
+        torch.autograd.grad(output.logsumexp(-1).mean(), embeds)[0] for output in (expected, got, wrong)
+    )
+    assert largest(got, expected) < CLOSE
+    assert largest(here, there) < CLOSE * there.abs().max()
+    assert largest(wrong, expected) > FAR
+    assert largest(elsewhere, there) > FAR * there.abs().max()
+
+
 @torch.no_grad()
 def test_without_a_prefix_the_model_is_itself():
     ids = some_ids()

@@ -6,6 +6,7 @@ from starlette.testclient import TestClient
 from prefix_store.jobs import TrainingSpec
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.store import Store
+from tests.server.conftest import Serve
 
 EXAMPLES = [{"prompt": "2+2=", "completion": "4"}, {"prompt": "", "completion": "ok"}]
 
@@ -44,6 +45,8 @@ def test_a_job_is_queued_with_its_examples_and_options(client: TestClient, store
         ({"examples": EXAMPLES, "steps": 10**400}, "steps"),
         ({"examples": EXAMPLES, "learning_rate": 1e9}, "learning_rate"),
         ({"examples": EXAMPLES, "method": "lora"}, "method"),
+        ({"examples": EXAMPLES, "method": 3}, "method"),
+        ({"examples": EXAMPLES, "objective": "distil"}, "objective"),
         ({"examples": EXAMPLES, "objective": "rl"}, "objective"),
         ({"examples": EXAMPLES, "virtual_tokens": 4000}, "virtual_tokens"),
     ],
@@ -52,6 +55,18 @@ def test_what_cannot_be_trained_is_400_and_named(client: TestClient, body: dict[
     reply = client.post("/v1/prefixes/sums/train", json=body)
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param), reply.text
     assert client.get("/v1/jobs").json()["data"] == []
+
+
+def test_methods_are_those_built_in_and_those_the_server_was_told_of(serve: Serve) -> None:
+    client = serve(methods=("prefix", "prompt", "low_rank"))
+    for method in ("prompt", "low_rank"):
+        assert train(client, method=method)["options"]["method"] == method
+    refused = client.post("/v1/prefixes/sums/train", json={"examples": EXAMPLES, "method": "low_rnk"})
+    message = "method 'low_rnk' cannot be trained; what can: prefix, prompt, low_rank"
+    assert refused.status_code == 400
+    assert refused.json()["error"] == {
+        "message": message, "type": "invalid_request_error", "param": "method", "code": "invalid_request"
+    }  # fmt: skip
 
 
 def test_an_unknown_option_is_named_with_the_nearest(client: TestClient) -> None:

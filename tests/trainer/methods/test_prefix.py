@@ -2,16 +2,13 @@ from __future__ import annotations
 
 from itertools import count
 
-import pytest
 import torch
 
-from prefix_store import tensors
-from prefix_store.errors import InvalidRequest
 from prefix_store.jobs import TrainingSpec
 from prefix_store.model import apply
-from prefix_store.prefix import Method, PrefixManifest, Window
-from tests.models import BOS, CONTEXT, EOS, tiny_frozen, tiny_tokenizer
-from trainer.methods.prefix import DirectKV, initial_ids
+from prefix_store.prefix import Method, Window
+from tests.models import BOS, tiny_frozen
+from trainer.methods.prefix import DirectKV
 
 FROZEN = apply.attach(tiny_frozen("llama"))
 P = 4
@@ -61,43 +58,12 @@ def test_a_single_virtual_token_is_tuned():
 
 def test_every_layer_gets_a_gradient():
     method = DirectKV(FROZEN, spec(), count(2))
-    assert method.layers_without_gradient() == [0, 1, 2]
     one_step(method, 0.01)
     assert method.layers_without_gradient() == []
-    method.delta.grad[1] = 0
-    assert method.layers_without_gradient() == [1]
+    assert method.delta.grad.flatten(1).any(dim=1).all()
 
 
-def test_the_finished_prefix_is_a_sound_one_for_this_model():
+def test_what_is_kept_is_keys_and_values_that_never_slide_away():
     method = DirectKV(FROZEN, spec(), count(2))
-    manifest, kept = method.manifest(), method.tensors()
-    assert manifest == PrefixManifest(Method.PREFIX, FROZEN.geometry, P, P, FROZEN.digest, Window.ALWAYS)
-    tensors.validate(manifest, kept)
-    tensors.check_fits(manifest, FROZEN.geometry, FROZEN.digest, CONTEXT)
-    before = kept["self.kv"].clone()
-    one_step(method, 0.5)
-    assert torch.equal(kept["self.kv"], before), "what was taken does not move with the training"
-
-
-@pytest.mark.parametrize(
-    ("options", "text", "ids"),
-    [
-        ({}, [BOS, 5, 6, EOS, BOS, 7, 8], [BOS, 5, 6, 7]),
-        ({}, [5, 6], [BOS, 5, 6, 5]),
-        ({"init_text": "abc"}, [5, 6], [BOS, *tiny_tokenizer(bos=False)("abc").input_ids]),
-        ({"virtual_tokens": 1}, [5], [BOS]),
-    ],
-)
-def test_the_text_to_start_from(options, text, ids):
-    assert initial_ids(tiny_tokenizer(), spec(**options), text) == ids
-
-
-def test_without_a_bos_the_text_comes_first():
-    tokenizer = tiny_tokenizer(bos=False)
-    tokenizer.bos_token = None
-    assert initial_ids(tokenizer, spec(), [5, 6]) == [5, 6, 5, 6]
-
-
-def test_an_empty_text_to_start_from_is_refused():
-    with pytest.raises(InvalidRequest, match="no tokens"):
-        initial_ids(tiny_tokenizer(), spec(init_text=""), [5])
+    assert (method.manifest().method, method.manifest().window) == (Method.PREFIX, Window.ALWAYS)
+    assert torch.equal(method.tensors()["self.kv"], method.kv())
