@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
-import typer
+import sys
+from io import TextIOWrapper
+from typing import Any
 
-from prefix_store.cli import generate, jobs, key, prefix, serve, train
+import typer
+from typer.core import TyperGroup
+
+from prefix_store.cli import compare, generate, jobs, key, prefix, serve, train
+
+# as a newcomer meets them
+ORDER = ("serve", "generate", "compare", "train", "jobs", "prefix", "worker", "key")
+HELP = """Serve, train and use tuned prefixes of one frozen language model.
+
+\b
+antefix serve --worker
+antefix compare "Once upon a time" --prefix plays,carroll --bare
+antefix train --name mine --data examples.jsonl
+"""
+EPILOG = (
+    "serve, worker and key open the store at ANTEFIX_STORE. The others speak to the server at ANTEFIX_URL, "
+    "which is http://127.0.0.1:8000 if unset, with the key in ANTEFIX_API_KEY if there is one."
+)
+
+
+class _InOrder(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(ORDER)
 
 
 def build() -> typer.Typer:
     """The command with its subcommands."""
     app = typer.Typer(
-        help="Serve, train and use tuned prefixes of one frozen language model.",
+        cls=_InOrder,
+        help=HELP,
+        epilog=EPILOG,
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
     )
     app.command()(serve.serve)
     app.command("worker")(serve.work)
-    app.command()(train.train)
     app.command()(generate.generate)
+    app.command()(compare.compare)
+    app.command()(train.train)
     app.add_typer(jobs.app, name="jobs")
     app.add_typer(prefix.app, name="prefix")
     app.add_typer(key.app, name="key")
@@ -27,4 +54,10 @@ def build() -> typer.Typer:
 
 def main() -> None:
     """The entry point."""
-    build()()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a letter that a terminal lacks is no reason to fail
+    try:
+        build()()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -3,31 +3,52 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import httpx
 import typer
 
+from prefix_store.cli.terminal import printable, transfer
+from prefix_store.errors import InvalidName
+from prefix_store.prefix import check_name
+
 DEFAULT_URL = "http://127.0.0.1:8000"
-# No limit on reading: a generation may wait in the queue for long.
-TIMEOUT = httpx.Timeout(30.0, read=None)
+# No limit on reading, and none on connections: a generation may wait in the queue for long, and many may at a time.
+TIMEOUT, LIMITS = httpx.Timeout(30.0, read=None, pool=None), httpx.Limits(max_connections=None)
+CHUNK = 1 << 16
+DATA = b"data: "
+NO_ROUTE = ("route_not_found", "method_not_allowed")
+
+
+class Failure(Exception):
+    """Why a command cannot go on, for people to read. `connect` ends the command with it."""
+
+
+class Reply(dict[str, Any]):
+    """A JSON object of a server; one that lacks what it should have comes from another kind of server."""
+
+    def __missing__(self, key: str) -> NoReturn:
+        raise Failure(f"the server does not answer as an antefix server: no {key!r} in its reply")
 
 
 class Client:
-    """A server, as its routes; replies are the JSON they hold."""
+    """A server, as its routes; replies are the JSON they hold. Every method raises Failure."""
 
     def __init__(self, http: httpx.Client) -> None:
         self._http = http
+        self._url = str(http.base_url).rstrip("/")
 
     def get(self, path: str, **query: Any) -> dict[str, Any]:
         """GET; parameters that are None are left out."""
         return self._json("GET", path, params={name: value for name, value in query.items() if value is not None})
 
     def post(self, path: str, **request: Any) -> dict[str, Any]:
-        """POST with httpx's own arguments: `json`, `data`, `files`."""
+        """POST with httpx's own arguments: `json`, `data`, `files`. What takes long to send has a bar."""
         return self._json("POST", path, **request)
 
     def delete(self, path: str) -> dict[str, Any]:
@@ -35,12 +56,16 @@ class Client:
         return self._json("DELETE", path)
 
     def download(self, path: str, **query: Any) -> bytes:
-        """The reply's bytes."""
-        return self._send("GET", path, params=query).content
+        """The reply's bytes. What takes long to come has a bar."""
+        chunks = []
+        with self._open("GET", path, params=query) as reply, transfer("receiving", _length(reply)) as tell:
+            for chunk in reply.iter_bytes():
+                chunks.append(chunk)
+                tell(len(chunk))
+        return b"".join(chunks)
 
-    def pages(self, path: str, key: str = "id") -> Iterator[dict[str, Any]]:
-        """Every object of a list, page by page."""
-        after = None
+    def pages(self, path: str, key: str = "id", after: Any = None) -> Iterator[dict[str, Any]]:
+        """Every object of a list behind `after`, page by page."""
         while True:
             page = self.get(path, after=after)
             yield from page["data"]
@@ -49,69 +74,165 @@ class Client:
             after = page["data"][-1][key]
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The events of a streamed reply; one that holds an error ends the command."""
-        try:
-            with self._http.stream("POST", path, json=body) as reply:
-                if reply.is_error:
-                    reply.read()
-                    _fail_with(reply)
-                yield from _events(reply)
-        except httpx.HTTPError as error:
-            self._unreachable(error)
+        """The events of a streamed reply, to its end."""
+        with self._open("POST", path, json=body) as reply:
+            for line in _lines(reply):
+                if line == DATA + b"[DONE]":
+                    return
+                if line.startswith(DATA):
+                    yield _event(self._read(line.removeprefix(DATA)))
+        raise Failure("the answer ended before its end: the server, or something on the way, closed the connection")
 
     def _json(self, method: str, path: str, **request: Any) -> dict[str, Any]:
-        try:
-            reply: dict[str, Any] = self._send(method, path, **request).json()
-        except json.JSONDecodeError:
-            fail(f"{self._http.base_url} does not answer as an antefix server")
-        return reply
+        with self._open(method, path, **request) as reply:
+            return self._read(reply.read())
 
-    def _send(self, method: str, path: str, **request: Any) -> httpx.Response:
+    def _read(self, text: bytes) -> dict[str, Any]:
         try:
-            reply = self._http.request(method, path, **request)
+            found = json.loads(text, object_hook=Reply)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise Failure(f"{self._url} does not answer as an antefix server: what came is no JSON object")
+        return found
+
+    @contextmanager
+    def _open(self, method: str, path: str, **request: Any) -> Iterator[httpx.Response]:
+        """A reply that has begun and is no error."""
+        try:
+            built = self._http.build_request(method, path, **request)
+        except ValueError as error:
+            raise Failure(_unsendable(request.get("json") or {}, error)) from error
+        try:
+            reply = self._send(built)
+            try:
+                if not reply.is_success:
+                    reply.read()
+                    raise Failure(self._refusal(reply))
+                yield reply
+            finally:
+                reply.close()
         except httpx.HTTPError as error:
-            self._unreachable(error)
-        except ValueError as error:  # a number that JSON has no word for
-            fail(f"the request cannot be sent: {error}")
-        if reply.is_error:
-            _fail_with(reply)
-        return reply
+            raise Failure(self._unreachable(error)) from error
 
-    def _unreachable(self, error: httpx.HTTPError) -> NoReturn:
-        url = self._http.base_url
-        if isinstance(error, httpx.ConnectError):
-            fail(f"no server answers at {url}; start one with `antefix serve`, or set ANTEFIX_URL")
-        fail(f"{url}: {type(error).__name__}: {error}")
+    def _send(self, request: httpx.Request) -> httpx.Response:
+        size = int(request.headers.get("content-length", 0))
+        if size <= CHUNK:
+            return self._http.send(request, stream=True)
+        with transfer("sending", size) as tell:
+            request.stream = _Told(request.stream, tell)
+            return self._http.send(request, stream=True)
+
+    def _refusal(self, reply: httpx.Response) -> str:
+        """What the server said, and what to do about it where that is known."""
+        try:
+            error = reply.json()["error"]
+            message, code = str(error["message"]), error.get("code")
+        except (ValueError, KeyError, TypeError):
+            message, code = "", NO_ROUTE[0]
+        if code in NO_ROUTE:
+            to = f" to {reply.headers['location']}" if "location" in reply.headers else ""
+            said = f"{self._url} answered {reply.status_code} {reply.reason_phrase}{to}"
+            from_proxy = reply.status_code in (502, 503, 504)
+            return said if from_proxy else f"{said}; is ANTEFIX_URL the address of an antefix server?"
+        return f"{message}; it is taken from ANTEFIX_API_KEY" if reply.status_code == 401 else message
+
+    def _unreachable(self, error: httpx.HTTPError) -> str:
+        why = re.sub(r"\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+            return f"no server answers at {self._url} ({why}); start one with `antefix serve`, or set ANTEFIX_URL"
+        return f"the connection to {self._url} broke: {why}"
+
+
+class _Told(httpx.SyncByteStream):
+    """A request's body that tells of every chunk it gave."""
+
+    def __init__(self, stream: Any, tell: Callable[[int], None]) -> None:
+        self._stream, self._tell = stream, tell
+
+    def __iter__(self) -> Iterator[bytes]:
+        for whole in self._stream:
+            for start in range(0, len(whole), CHUNK):
+                yield (chunk := whole[start : start + CHUNK])
+                self._tell(len(chunk))
 
 
 @contextmanager
 def connect() -> Iterator[Client]:
     """The server that ANTEFIX_URL names, with ANTEFIX_API_KEY."""
-    key = os.environ.get("ANTEFIX_API_KEY")
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    with httpx.Client(base_url=os.environ.get("ANTEFIX_URL") or DEFAULT_URL, headers=headers, timeout=TIMEOUT) as http:
-        yield Client(http)
+    with _http() as http:
+        try:
+            yield Client(http)
+        except Failure as failure:
+            fail(str(failure))
 
 
 def fail(message: str) -> NoReturn:
     """Ends the command."""
-    typer.echo(f"antefix: {message}", err=True)
+    typer.echo(f"antefix: {printable(message)}", err=True)
     raise typer.Exit(1)
 
 
-def _fail_with(reply: httpx.Response) -> NoReturn:
+def checked(name: str) -> str:
+    """A name that a prefix may have. Ends the command for another, which would make another path."""
     try:
-        message = reply.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        message = f"the server answered {reply.status_code}"
-    fail(message)
+        return check_name(name)
+    except InvalidName as error:
+        fail(error.message)
 
 
-def _events(reply: httpx.Response) -> Iterator[dict[str, Any]]:
-    for line in reply.iter_lines():
-        if not line.startswith("data: ") or line == "data: [DONE]":
-            continue
-        event = json.loads(line.removeprefix("data: "))
-        if "error" in event:
-            fail(event["error"]["message"])
-        yield event
+def _http() -> httpx.Client:
+    key = _key()
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    try:
+        return httpx.Client(base_url=_url(), headers=headers, timeout=TIMEOUT, limits=LIMITS)
+    except (ValueError, ImportError) as error:
+        fail(f"the proxy that the environment names cannot be used: {error}")
+
+
+def _url() -> httpx.URL:
+    text = os.environ.get("ANTEFIX_URL") or DEFAULT_URL
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL:
+        url = httpx.URL()
+    is_address = url.scheme in ("http", "https") and url.host and (url.port or 0) < 1 << 16
+    if not is_address or url.query or url.fragment:
+        fail(f"ANTEFIX_URL must be a server's address such as {DEFAULT_URL}, got {text!r}")
+    return url
+
+
+def _key() -> str:
+    key = os.environ.get("ANTEFIX_API_KEY", "").strip()
+    if not re.fullmatch(r"[!-~]*", key):
+        fail("ANTEFIX_API_KEY must be one key as `antefix key new` prints it: afx_…")
+    return key
+
+
+def _lines(reply: httpx.Response) -> Iterator[bytes]:
+    """What stands before each `\\n`. httpx would also split at letters that a text may hold, U+2028 and U+0085."""
+    rest = b""
+    for chunk in reply.iter_bytes():
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+
+
+def _event(event: dict[str, Any]) -> dict[str, Any]:
+    if "error" in event:
+        raise Failure(event["error"]["message"])
+    return event
+
+
+def _length(reply: httpx.Response) -> int | None:
+    length = reply.headers.get("content-length", "")
+    return int(length) if length.isdigit() else None
+
+
+def _unsendable(body: dict[str, Any], error: ValueError) -> str:
+    """Which field JSON or UTF-8 has no word for."""
+    for name, value in body.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{name} must be a finite number, got {value}"
+        if isinstance(value, str) and value != value.encode(errors="replace").decode():
+            return f"{name} is not valid text: it holds bytes that are no UTF-8"
+    return f"the request cannot be sent: {error}"

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
-from prefix_store.cli.client import connect
+from prefix_store.cli.client import Failure, connect
+from prefix_store.cli.terminal import printable
 
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the text begins with.")],
     prefix: Annotated[str | None, typer.Option(help="A prefix: name or name@version. Without: the bare model.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="At most so many tokens.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="At most so many tokens; the server has a default.")] = None,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed draws the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text. May be repeated.")] = None,
 ) -> None:
     """Generate text and print it as it comes."""
@@ -27,7 +29,15 @@ def generate(
         "stop": stop or None,
         "stream": True,
     }
+    shown = printable if sys.stdout.isatty() else str
+    begun = False
     with connect() as server:
-        for event in server.stream("/generate", body):
-            typer.echo(event["text"], nl=False)
+        try:
+            for event in server.stream("/generate", body):
+                typer.echo(shown(event["text"]), nl=False)
+                begun = True
+        except Failure:
+            if begun:
+                typer.echo()
+            raise
     typer.echo()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from prefix_store.cli.client import connect
+from prefix_store.cli.client import connect, fail
+from prefix_store.cli.terminal import printable
 
 
 class _IdShows(TyperGroup):
@@ -18,8 +20,10 @@ class _IdShows(TyperGroup):
         return super().resolve_command(ctx, args if args[0] in self.commands else ["show", *args])
 
 
-app = typer.Typer(cls=_IdShows, help="Training jobs: list, show (or just an ID), cancel.", invoke_without_command=True)
-JobId = Annotated[str, typer.Argument(metavar="ID")]
+app = typer.Typer(
+    cls=_IdShows, help="Training jobs: listed if alone; show ID (or just ID), cancel ID.", invoke_without_command=True
+)
+JobId = Annotated[str, typer.Argument(metavar="ID", help="ftjob-…, as `antefix jobs` lists them")]
 
 
 @app.callback()
@@ -35,14 +39,21 @@ def list_all(context: typer.Context) -> None:
 def show(job_id: JobId) -> None:
     """Show one job as JSON."""
     with connect() as server:
-        typer.echo(json.dumps(server.get(f"/v1/jobs/{job_id}"), indent=2))
+        typer.echo(json.dumps(server.get(_path(job_id)), indent=2))
 
 
 @app.command()
 def cancel(job_id: JobId) -> None:
     """Cancel a job: a queued one at once, a running one within seconds."""
     with connect() as server:
-        typer.echo(line(server.post(f"/v1/jobs/{job_id}/cancel")))
+        typer.echo(line(server.post(f"{_path(job_id)}/cancel")))
+
+
+def _path(job_id: str) -> str:
+    """Where a job is over HTTP. What can be no id is refused here, for `..` would lead elsewhere."""
+    if not re.fullmatch(r"ftjob-[A-Za-z0-9]+", job_id):
+        fail(f"a job's id begins with ftjob-, got {job_id[:80]!r}; `antefix jobs` lists them")
+    return f"/v1/jobs/{job_id}"
 
 
 def line(job: dict[str, Any]) -> str:
@@ -57,4 +68,4 @@ def line(job: dict[str, Any]) -> str:
         parts.append(f"{job['error']['code']}: {job['error']['message']}")
     if job["cancel_requested"] and job["status"] == "running":
         parts.append("cancelling")
-    return "\t".join(parts)
+    return printable("\t".join(parts))

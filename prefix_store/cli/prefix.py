@@ -13,11 +13,14 @@ from urllib.parse import quote
 
 import typer
 
-from prefix_store.cli.client import connect, fail
+from prefix_store.cli.client import checked, connect, fail
+from prefix_store.errors import InvalidName
+from prefix_store.prefix import PrefixRef
+from prefix_store.tenants import DEFAULT_TENANT
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 app = typer.Typer(help="Prefixes: list, show, upload, download, remove.", no_args_is_help=True)
-Ref = Annotated[str, typer.Argument(help="name or name@version")]
+Ref = Annotated[str, typer.Argument(help="name or name@version, as `antefix prefix ls` lists them")]
 
 
 class Format(StrEnum):
@@ -40,7 +43,7 @@ def list_all() -> None:
 def show(ref: Ref) -> None:
     """Show one prefix as JSON."""
     with connect() as server:
-        typer.echo(json.dumps(server.get(f"/v1/prefixes/{quote(ref)}"), indent=2))
+        typer.echo(json.dumps(server.get(_path(ref)), indent=2))
 
 
 @app.command()
@@ -49,30 +52,33 @@ def push(
     path: Annotated[Path, typer.Argument(help="A native file, or the folder of a PEFT adapter.", exists=True)],
 ) -> None:
     """Upload a prefix; an existing name gets a new version."""
-    paths = {"config": path / CONFIG, "file": path / WEIGHTS} if path.is_dir() else {"file": path}
-    missing = [file.name for file in paths.values() if not file.is_file()]
-    if missing:
-        fail(f"{path} has no {' and no '.join(missing)}")
+    checked(name)
+    paths = _parts(path)
     with connect() as server, ExitStack() as opened:
-        files = {part: (file.name, opened.enter_context(file.open("rb"))) for part, file in paths.items()}
+        try:
+            files = {part: (file.name, opened.enter_context(file.open("rb"))) for part, file in paths.items()}
+        except OSError as error:
+            fail(f"cannot read {error.filename}: {error.strerror}")
         stored = server.post("/v1/prefixes", data={"id": name}, files=files)
-    checked = "" if stored["base_checked"] else "; the file does not say which base model it was made for"
-    typer.echo(f"{stored['id']}@{stored['version']} {stored['digest'][:12]}{checked}")
+    note = "" if stored["base_checked"] else "; the file does not say which base model it was made for"
+    typer.echo(f"{stored['id']}@{stored['version']} {stored['digest'][:12]}{note}")
 
 
 @app.command()
 def pull(
     ref: Ref,
-    to: Annotated[Path, typer.Argument(help="Where to: a file, or for PEFT a folder.")],
+    to: Annotated[Path, typer.Argument(help="Where to: a file, or for PEFT a folder. What is there is replaced.")],
     format: Annotated[Format, typer.Option(help="The server's own format, or a PEFT adapter.")] = Format.NATIVE,
 ) -> None:
     """Download a prefix."""
     with connect() as server:
-        content = server.download(f"/v1/prefixes/{quote(ref)}/export", format=format.value)
+        content = server.download(f"{_path(ref)}/export", format=format.value)
     try:
         to.write_bytes(content) if format is Format.NATIVE else _unpack(content, to)
     except OSError as error:
         fail(f"cannot write {to}: {error.strerror or error}")
+    except (zipfile.BadZipFile, KeyError) as error:
+        fail(f"the server sent no PEFT adapter: {error}")
     typer.echo(str(to))
 
 
@@ -80,8 +86,30 @@ def pull(
 def remove(ref: Ref) -> None:
     """Remove one version, or a prefix with all its versions."""
     with connect() as server:
-        removed = server.delete(f"/v1/prefixes/{quote(ref)}")
+        removed = server.delete(_path(ref))
     typer.echo(f"removed {removed['id']}, versions {', '.join(map(str, removed['versions']))}")
+
+
+def _path(ref: str) -> str:
+    """Where a prefix is over HTTP. What is no reference is refused here, for `..` would lead elsewhere."""
+    try:
+        PrefixRef.parse(ref, DEFAULT_TENANT)
+    except InvalidName as error:
+        fail(error.message)
+    return f"/v1/prefixes/{quote(ref)}"
+
+
+def _parts(path: Path) -> dict[str, Path]:
+    """The files to send, by the name of their part."""
+    if path.is_file():
+        return {"file": path}
+    if not path.is_dir():
+        fail(f"{path} is neither a file nor a folder")
+    parts = {"config": path / CONFIG, "file": path / WEIGHTS}
+    missing = [file.name for file in parts.values() if not file.is_file()]
+    if missing:
+        fail(f"{path} is no folder of a PEFT adapter: it has no {' and no '.join(missing)}")
+    return parts
 
 
 def _unpack(content: bytes, folder: Path) -> None:

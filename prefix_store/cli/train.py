@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import quote
 
 import typer
 
-from prefix_store.cli.client import Client, connect, fail
-from prefix_store.jobs import JobStatus
+from prefix_store.cli import watch
+from prefix_store.cli.client import Client, checked, connect, fail
+from prefix_store.cli.terminal import clock
 
-POLL_SECONDS = 0.5
-FINAL = frozenset(status for status in JobStatus if status.is_final)
-FIELDS = {"prompt", "completion"}
+FIELDS = ("prompt", "completion")
+EXPECTED = '{"prompt": "…", "completion": "…"}'
+KINDS = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "a truth value", type(None): "null"}
 
 
 def train(
@@ -23,16 +22,21 @@ def train(
     data: Annotated[
         Path, typer.Option(help='JSONL: one {"prompt": …, "completion": …} a line.', exists=True, dir_okay=False)
     ],
+    method: Annotated[str | None, typer.Option(help="How it is tuned: prefix, prompt, or one plugged in.")] = None,
     virtual_tokens: Annotated[int | None, typer.Option(help="The prefix's length.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples a step.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same prefix.")] = None,
-    init_text: Annotated[str | None, typer.Option(help="Text whose keys and values the prefix starts from.")] = None,
+    init_text: Annotated[str | None, typer.Option(help="Text that the prefix starts from.")] = None,
     wait: Annotated[bool, typer.Option(help="Show progress until the job has ended.")] = True,
 ) -> None:
-    """Train a prefix on a running server's worker."""
+    """Train a prefix on a running server's worker.
+
+    The server has a default for every option that is not given.
+    """
     options = {
+        "method": method,
         "virtual_tokens": virtual_tokens,
         "steps": steps,
         "learning_rate": learning_rate,
@@ -40,12 +44,14 @@ def train(
         "seed": seed,
         "init_text": init_text,
     }
-    examples = read_examples(data)
+    checked(name)
+    given = {option: value for option, value in options.items() if value is not None}
+    body = {"examples": read_examples(data), **given}
     with connect() as server:
-        job = server.post(f"/v1/prefixes/{quote(name, safe='')}/train", json={"examples": examples, **options})["job"]
+        job = server.post(f"/v1/prefixes/{name}/train", json=body)["job"]
         typer.echo(job["id"])
         if wait:
-            _finish(_follow(server, job))
+            _finish(_watch(server, job))
 
 
 def read_examples(path: Path) -> list[dict[str, str]]:
@@ -61,55 +67,45 @@ def read_examples(path: Path) -> list[dict[str, str]]:
 
 def _example(line: bytes, where: str) -> dict[str, str]:
     try:
-        example = json.loads(line)
-    except (ValueError, RecursionError):
-        fail(f"{where}: not JSON")
-    if not isinstance(example, dict) or set(example) != FIELDS:
-        fail(f'{where}: expected an object with "prompt" and "completion"')
-    if not all(isinstance(text, str) for text in example.values()):
-        fail(f"{where}: prompt and completion must be strings")
+        example = json.loads(line.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        fail(f"{where}: not JSON ({error.msg} at column {error.colno}); expected {EXPECTED}")
+    except UnicodeDecodeError:
+        fail(f"{where}: not UTF-8; expected {EXPECTED}")
+    except (ValueError, RecursionError):  # thousands of digits, or of brackets
+        fail(f"{where}: not JSON that can be read; expected {EXPECTED}")
+    if not isinstance(example, dict) or set(example) != set(FIELDS):
+        fail(f"{where}: expected an object {EXPECTED}, got {_kind(example)}")
+    for field, text in example.items():
+        if not isinstance(text, str):
+            fail(f"{where}: {field} must be a string, got {_kind(text)}")
+        if text != text.encode(errors="replace").decode():
+            fail(f"{where}: {field} is not valid Unicode")
     if not example["completion"]:
         fail(f"{where}: the completion is empty")
     return example
 
 
-def _follow(server: Client, job: dict[str, Any]) -> dict[str, Any]:
-    """The job once it has ended. Ctrl-C only ends the watching."""
-    from rich.progress import BarColumn, Progress, TextColumn
+def _kind(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"an object with {', '.join(repr(name[:40]) for name in list(value)[:8]) or 'nothing'}"
+    return KINDS[type(value)]
 
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[numbers]}")
+
+def _watch(server: Client, job: dict[str, Any]) -> dict[str, Any]:
+    """The job once it has ended. Ctrl-C only ends the watching."""
     try:
-        with Progress(*columns) as bar:
-            shown = bar.add_task(job["status"], total=job["options"]["steps"], numbers="")
-            while job["status"] not in FINAL:
-                time.sleep(POLL_SECONDS)
-                job = server.get(f"/v1/jobs/{job['id']}")
-                step = job["progress"].get("step", 0)
-                bar.update(shown, description=job["status"], completed=step, numbers=numbers(job))
+        return watch.follow(server, job)
     except KeyboardInterrupt:
         typer.echo(f"the job goes on; to cancel it: antefix jobs cancel {job['id']}", err=True)
         raise typer.Exit(130) from None
-    return job
-
-
-def numbers(job: dict[str, Any]) -> str:
-    """Step, loss and time left, as far as they are known."""
-    progress = job["progress"]
-    if "step" not in progress:
-        return "waiting for a worker: antefix worker" if job["status"] == "queued" else ""
-    parts = [f"step {progress['step']}/{job['options']['steps']}"]
-    if progress.get("train_loss") is not None:
-        parts.append(f"loss {progress['train_loss']:.3f}")
-    if progress.get("seconds_left") is not None:
-        minutes, seconds = divmod(round(progress["seconds_left"]), 60)
-        parts.append(f"{minutes}:{seconds:02} left")
-    return "  ".join(parts)
 
 
 def _finish(job: dict[str, Any]) -> None:
-    name = job["prefix_id"]
     if job["status"] == "failed":
         fail(f"the job failed: {job['error']['message']}")
     if job["status"] == "cancelled":
         fail("the job was cancelled")
+    name = job["prefix_id"]
+    typer.echo(f"trained in {clock(job['finished_at'] - job['started_at'])}")
     typer.echo(f"{name}@{job['version']} is served; try: antefix generate --prefix {name} 'a prompt'")

@@ -1,5 +1,7 @@
 from pathlib import Path
 
+import pytest
+
 from tests.prefix_store.cli.conftest import ANSWER, Antefix, Running
 from tests.server import artefacts
 
@@ -23,3 +25,12 @@ def test_an_unknown_prefix_is_an_error(antefix: Antefix) -> None:
     result = antefix("generate", "hi", "--prefix", "nothing")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "there is no prefix 'nothing'" in result.stderr
+
+
+def test_an_error_in_mid_text_begins_a_line(
+    antefix: Antefix, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running.loop, "failure", "the device is gone")
+    result = antefix("generate", "hi")
+    assert (result.exit_code, result.stdout) == (1, f"{ANSWER}\n")
+    assert result.stderr == "antefix: the device is gone\n"

@@ -1,6 +1,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.prefix_store.cli.conftest import Antefix, Running
 
 
@@ -22,6 +24,14 @@ def test_list_show_and_cancel(antefix: Antefix, tmp_path: Path) -> None:
 def test_an_unknown_job_is_an_error(antefix: Antefix) -> None:
     result = antefix("jobs", "ftjob-none")
     assert (result.exit_code, result.stderr) == (1, "antefix: there is no job 'ftjob-none'\n")
+
+
+@pytest.mark.parametrize("job_id", ["ls", "", "../prefixes"])
+def test_what_can_be_no_id_does_not_lead_elsewhere(antefix: Antefix, job_id: str) -> None:
+    for arguments in (["jobs", "show", job_id], ["jobs", "cancel", job_id]):
+        result = antefix(*arguments)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert f"a job's id begins with ftjob-, got {job_id!r}; `antefix jobs` lists them" in result.stderr
 
 
 def test_a_running_job_shows_its_step(antefix: Antefix, running: Running, tmp_path: Path) -> None:

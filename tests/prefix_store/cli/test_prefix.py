@@ -1,5 +1,7 @@
 from pathlib import Path
 
+import pytest
+
 from tests.prefix_store.cli.conftest import Antefix, Running
 from tests.server import artefacts
 
@@ -33,6 +35,28 @@ def test_a_folder_without_the_adapter_s_files_is_named(antefix: Antefix, tmp_pat
     result = antefix("prefix", "push", "x", tmp_path)
     assert result.exit_code == 1
     assert "no adapter_config.json and no adapter_model.safetensors" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["No Name", "", "..", "a/b"])
+def test_a_name_against_the_rules_is_refused_before_anything_is_sent(
+    antefix: Antefix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("ANTEFIX_URL", "http://127.0.0.1:9")
+    (tmp_path / "f").touch()
+    result = antefix("prefix", "push", name, tmp_path / "f")
+    rule = "prefix id must be 1 to 64 of a-z 0-9 . _ -, beginning with a letter or digit"
+    assert (result.exit_code, result.stderr) == (1, f"antefix: {rule}; got {name!r}\n")
+
+
+@pytest.mark.parametrize("command", [["show"], ["rm"], ["pull"]])
+def test_a_reference_does_not_lead_elsewhere(antefix: Antefix, tmp_path: Path, command: list[str]) -> None:
+    result = antefix("prefix", *command, "../jobs", *([tmp_path / "x"] if command == ["pull"] else []))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "prefix reference must be name" in result.stderr
+
+
+def test_what_is_neither_file_nor_folder_is_refused(antefix: Antefix) -> None:
+    assert antefix("prefix", "push", "x", "/dev/null").stderr == "antefix: /dev/null is neither a file nor a folder\n"
 
 
 def test_a_refused_file_shows_the_reason(antefix: Antefix, running: Running, tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
+import re
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 
-from prefix_store.cli import train
+from prefix_store.cli import train, watch
+from prefix_store.cli.client import Client
 from prefix_store.jobs import JobError, JobStatus, TrainingJob
 from tests.models import random_kv
 from tests.prefix_store.cli.conftest import Antefix, Running
@@ -23,7 +26,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(watch, "POLL_SECONDS", 0.02)
 
 
 def work(running: Running, status: JobStatus) -> threading.Thread:
@@ -35,6 +38,9 @@ def work(running: Running, status: JobStatus) -> threading.Thread:
             time.sleep(0.01)
             job = running.store.jobs.claim("worker", 60)
         running.store.jobs.heartbeat(job, 60, {"step": 1, "train_loss": 2.5, "seconds_left": 61.2})
+        running.store.jobs.add_event(
+            job, "message", {"message": "keeping step 5: validation loss 3.000 before, 2.000 after"}
+        )
         time.sleep(0.1)
         end(running, job, status)
 
@@ -56,14 +62,16 @@ def test_it_follows_the_job_to_its_end(antefix: Antefix, running: Running, data:
     result = antefix("train", "--name", "sums", "--data", data, "--steps", "5", "--virtual-tokens", "4")
     worker.join()
     assert result.exit_code == 0, result.stderr
-    assert "sums@1 is served; try: antefix generate --prefix sums" in result.stdout
+    assert re.fullmatch(r"ftjob-\w+\ntrained in 0:0\d\nsums@1 is served; try: antefix generate .*\n", result.stdout)
+    assert "keeping step 5: validation loss 3.000 before, 2.000 after\n" in result.stderr
 
 
 def test_a_failed_job_is_a_failed_command(antefix: Antefix, running: Running, data: Path) -> None:
     worker = work(running, JobStatus.FAILED)
     result = antefix("train", "--name", "fails", "--data", data)
     worker.join()
-    assert (result.exit_code, result.stderr) == (1, "antefix: the job failed: the loss is no number\n")
+    assert result.exit_code == 1
+    assert result.stderr.endswith("\nantefix: the job failed: the loss is no number\n")
 
 
 def test_ctrl_c_leaves_the_job_and_says_how_to_cancel(
@@ -72,7 +80,7 @@ def test_ctrl_c_leaves_the_job_and_says_how_to_cancel(
     def interrupt(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.time, "sleep", interrupt)
+    monkeypatch.setattr(watch.time, "sleep", interrupt)
     result = antefix("train", "--name", "left", "--data", data)
     job_id = result.stdout.split()[0]
     assert result.exit_code == 130
@@ -84,12 +92,17 @@ def test_ctrl_c_leaves_the_job_and_says_how_to_cancel(
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("{", "line 2: not JSON"),
-        ("[1]", "line 2: expected an object"),
-        ('{"prompt": "a"}', "line 2: expected an object"),
-        ('{"prompt": "a", "completion": 3}', "line 2: prompt and completion must be strings"),
+        ("{", "line 2: not JSON (Expecting property name enclosed in double quotes at column 2)"),
+        ("[1]", 'line 2: expected an object {"prompt": "…", "completion": "…"}, got a list'),
+        ('{"messages": []}', "got an object with 'messages'"),
+        ('{"prompt": "a"}', "got an object with 'prompt'"),
+        ("{}", "got an object with nothing"),
+        ('{"prompt": "a", "completion": 3}', "line 2: completion must be a string, got a number"),
+        ('{"prompt": null, "completion": "a"}', "line 2: prompt must be a string, got null"),
         ('{"prompt": "a", "completion": ""}', "line 2: the completion is empty"),
+        ('{"prompt": "a", "completion": "\\ud800"}', "line 2: completion is not valid Unicode"),
         ("[" * 100_000, "line 2: not JSON"),
+        ("1" * 10_000, "line 2: not JSON"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,8 +119,36 @@ def test_blank_lines_are_passed_over_and_no_line_is_an_error(data: Path, tmp_pat
         train.read_examples(tmp_path / "empty")
 
 
-def test_numbers_shows_what_is_known() -> None:
-    job = {"status": "running", "options": {"steps": 5}, "progress": {"step": 1, "train_loss": 2.5, "seconds_left": 61}}
-    assert train.numbers(job) == "step 1/5  loss 2.500  1:01 left"
-    assert train.numbers(job | {"progress": {}}) == ""
-    assert "antefix worker" in train.numbers(job | {"progress": {}, "status": "queued"})
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "d").write_bytes(b"\xff\xfe{")
+    with pytest.raises(typer.Exit):
+        train.read_examples(tmp_path / "d")
+    assert "line 1: not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["No Name", "", "..", "a/b"])
+def test_a_name_against_the_rules_is_refused(antefix: Antefix, data: Path, name: str) -> None:
+    result = antefix("train", "--name", name, "--data", data)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"beginning with a letter or digit; got {name!r}" in result.stderr
+
+
+def test_only_what_is_given_is_sent(antefix: Antefix, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = []
+
+    def post(client: Client, path: str, json: dict[str, Any]) -> dict[str, Any]:
+        sent.append((path, json))
+        return {"job": {"id": "ftjob-x"}}
+
+    monkeypatch.setattr(Client, "post", post)
+    example = {"prompt": "2+2=", "completion": "4"}
+    antefix("train", "--no-wait", "--name", "sums", "--data", data)
+    assert sent.pop() == ("/v1/prefixes/sums/train", {"examples": [example, example]})
+    antefix("train", "--no-wait", "--name", "sums", "--data", data, "--method", "prompt", "--steps", "5")
+    assert sent.pop()[1] == {"examples": [example, example], "method": "prompt", "steps": 5}
+
+
+def test_a_method_that_nobody_knows_is_refused_by_the_server(antefix: Antefix, data: Path) -> None:
+    result = antefix("train", "--no-wait", "--name", "sums", "--data", data, "--method", "magic")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "method" in result.stderr

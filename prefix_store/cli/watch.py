@@ -1,0 +1,128 @@
+"""A training job as it goes, on stderr: a bar on a terminal, elsewhere a line now and then."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, Protocol
+
+import typer
+
+from prefix_store.cli.client import Client
+from prefix_store.cli.terminal import clock, is_live, printable
+from prefix_store.jobs import JobStatus
+
+POLL_SECONDS = 0.5
+LINES = 10  # a run, where there is no bar
+FORMS = {"train_loss": "loss {:.3f}", "valid_loss": "validation {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"}
+FINAL = frozenset(status for status in JobStatus if status.is_final)
+
+
+def follow(server: Client, job: dict[str, Any]) -> dict[str, Any]:
+    """Shows the job until it has ended, and returns it as it is then. Raises Failure."""
+    history, display = History(job), _Bar(job) if is_live(sys.stderr) else _Lines()
+    try:
+        while True:
+            for message in history.read(server, job):
+                display.say(printable(message))
+            display.show(job, history.progress)
+            if job["status"] in FINAL:
+                return job
+            time.sleep(POLL_SECONDS)
+            job = server.get(f"/v1/jobs/{job['id']}")
+    finally:
+        display.close()
+
+
+class History:
+    """What is known of a job's progress: every number's last value.
+
+    Heartbeats and events tell the same numbers, each at times of their own; only some steps validate. A job that was
+    taken up again begins anew, and its old heartbeat no longer counts.
+    """
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.progress: dict[str, Any] = {}
+        self._attempt: int = job["attempt"]
+        self._beat: dict[str, Any] = {}
+        self._after = 0
+
+    def read(self, server: Client, job: dict[str, Any]) -> list[str]:
+        """Takes in what is new and returns what the worker said."""
+        if job["attempt"] != self._attempt:
+            self._attempt, self.progress = job["attempt"], {}
+        elif job["progress"] != self._beat and job["progress"].get("step", 0) > self.progress.get("step", 0):
+            self._take(job["progress"])
+        self._beat = job["progress"]
+        said = []
+        for event in server.pages(f"/v1/jobs/{job['id']}/events", "sequence", self._after):
+            self._after = event["sequence"]
+            if event["type"] == "message":
+                said.append(event["data"]["message"])
+            else:
+                self._take(event["data"])
+        return said
+
+    def _take(self, progress: dict[str, Any]) -> None:
+        self.progress |= {name: value for name, value in progress.items() if value is not None}
+
+
+def numbers(job: dict[str, Any], progress: dict[str, Any]) -> str:
+    """Step, losses, speed and time left, as far as they are known."""
+    if "step" not in progress:
+        waits = job["status"] == JobStatus.QUEUED
+        return "queued, waiting for a worker; if none runs, start one: antefix worker" if waits else job["status"]
+    parts = [f"step {progress['step']}/{job['options']['steps']}"]
+    for name, form in FORMS.items():
+        if name in progress:
+            parts.append(form.format(progress[name]))
+    if "seconds_left" in progress:
+        parts.append(f"{clock(progress['seconds_left'])} left")
+    return "  ".join(parts)
+
+
+class _Display(Protocol):
+    def say(self, message: str) -> None: ...
+    def show(self, job: dict[str, Any], progress: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self._shown: object = None
+
+    def say(self, message: str) -> None:
+        typer.echo(message, err=True)
+
+    def show(self, job: dict[str, Any], progress: dict[str, Any]) -> None:
+        """A line when the job's state changes, and then for every tenth of its steps."""
+        share = LINES * progress["step"] // job["options"]["steps"] if "step" in progress else job["status"]
+        if share not in (self._shown, *FINAL):
+            self._shown = share
+            self.say(numbers(job, progress))
+
+    def close(self) -> None:
+        pass
+
+
+class _Bar:
+    def __init__(self, job: dict[str, Any]) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+        from rich.table import Column
+
+        # where it is narrow, the bar gives way to the figures
+        figures = TextColumn("{task.fields[numbers]}", markup=False, table_column=Column(no_wrap=True))
+        bar = BarColumn(bar_width=None, table_column=Column(max_width=40))
+        self._bar = Progress(bar, figures, console=Console(stderr=True))
+        self._task = self._bar.add_task("", total=job["options"]["steps"], numbers="")
+        self._bar.start()
+
+    def say(self, message: str) -> None:
+        self._bar.console.print(message, markup=False, highlight=False, emoji=False)
+
+    def show(self, job: dict[str, Any], progress: dict[str, Any]) -> None:
+        self._bar.update(self._task, completed=progress.get("step", 0), numbers=numbers(job, progress))
+
+    def close(self) -> None:
+        self._bar.stop()
