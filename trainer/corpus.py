@@ -105,6 +105,7 @@ SOURCES = (
     Source("tinyshakespeare", repeats=2, whole=True),
 )
 RECORDS, HELD_OUT_RECORDS = 44_000, 1_000  # generated documents, about a quarter of the training tokens
+ECHOES, ECHO_WORDS, ECHO_TELLINGS = 20_000, (8, 48), (2, 4)
 
 
 def split_sections(text: str) -> list[str]:
@@ -127,6 +128,18 @@ def blocks(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
 def generated_documents() -> Iterator[str]:
     """Text that can only be known by copying it from what stands before."""
     return records.documents(seed=1, count=RECORDS)
+
+
+def echoes(documents: Sequence[str], seed: int) -> Iterator[str]:
+    """Words of the text in no order, told several times: only a model that copies from its context can predict them.
+
+    Without them a model this small, on as little text, never learns to look back for what followed a word before.
+    """
+    draws = random.Random(f"echoes/{seed}")
+    for _ in range(ECHOES):
+        words = documents[int(draws.random() * len(documents))].split()
+        told = " ".join(draws.choices(words, k=draws.randint(*ECHO_WORDS)))
+        yield "\n".join([told] * draws.randint(*ECHO_TELLINGS))
 
 
 def shuffled_documents(corpus: Path, paragraphs: int, seed: int) -> list[str]:
@@ -186,7 +199,8 @@ def prepare(
     if not folder.exists():
         swap_in(folder, train_tokenizer(dict.fromkeys(documents), vocabulary, context).save_pretrained)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    return tokenizer, token_stream(documents, tokenizer)
+    # windows are drawn from anywhere in the stream, so it does not matter where the echoes stand
+    return tokenizer, token_stream([*documents, *echoes(documents, seed)], tokenizer)
 
 
 def swap_in(folder: Path, write: Callable[[Path], object]) -> None:

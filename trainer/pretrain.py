@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from trainer import induction
 from trainer.corpus import CARD, held_out_bits, in_words, prepare, swap_in
 from trainer.recipe import Budget, Recipe
 
@@ -36,6 +37,7 @@ class Run:
         self.draws = torch.Generator().manual_seed(recipe.seed)
         torch.manual_seed(recipe.seed)
         self.model = LlamaForCausalLM(model_config(recipe, tokenizer))
+        induction.install(self.model, self.draws)
         self.optimisers = make_optimisers(self.model, recipe)
         # needs a C++ compiler and saves a seventh of the time
         self.forward = torch.compile(self.model, dynamic=False) if recipe.compiled else self.model
@@ -108,12 +110,14 @@ def model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaCon
 
 def make_optimisers(model: LlamaForCausalLM, recipe: Recipe) -> tuple[torch.optim.Optimizer, ...]:
     """Muon for the matrices between the embeddings, AdamW for the embeddings and the norms."""
-    body = [value for name, value in model.named_parameters() if value.ndim == 2 and "embed" not in name]
-    others = [value for name, value in model.named_parameters() if value.ndim != 2 or "embed" in name]
-    matrices = {"params": body, "peak": recipe.matrix_rate}
+    embeddings = [model.model.embed_tokens.weight]
+    norms = [value for value in model.parameters() if value.ndim == 1]
+    matrices = [value for name, value in model.named_parameters() if value.ndim == 2 and "embed" not in name]
+    body = [{"params": matrices, "peak": recipe.matrix_rate}]
+    others = [{"params": embeddings, "peak": recipe.embedding_rate}, {"params": norms, "peak": recipe.norm_rate}]
     return (
-        torch.optim.Muon([matrices], weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW([{"params": others, "peak": recipe.embedding_rate}], betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.Muon(body, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
     )
 
 
@@ -224,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m trainer.pretrain", description=__doc__)
     parser.add_argument("--corpus", type=Path, required=True, help="folder with the files of trainer.corpus.SOURCES")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write or to replace")
-    parser.add_argument("--minutes", type=float, default=95.0, help="training time over all restarts")
+    parser.add_argument("--minutes", type=float, default=110.0, help="training time over all restarts")
     parser.add_argument("--steps", type=int, help="a fixed number of steps instead of a time")
     parser.add_argument("--checkpoint-dir", type=Path, default=Path("~/.cache/antefix/pretrain"))
     parser.add_argument("--threads", type=int, default=2)

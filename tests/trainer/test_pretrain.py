@@ -27,7 +27,8 @@ TINY = pretrain.Recipe(
     batch_tokens=64,
     warmup_steps=4,
     compiled=False,
-    decay_from=0.5,
+    matrix_rate=0.02,
+    embedding_rate=0.1,
 )
 ODD_TEXT = ' Two  spaces, 1945 & a tab\t; "naïve" — 日本 🙂\n\nROMEO:\nAy me!\r\n'
 WORDS = ("the", "a", "cat", "dog", "old", "king", "queen", "saw", "went", "home", "sea", "said", "little", "house")
@@ -60,6 +61,7 @@ def small_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(pretrain, "GLANCE", 200)
     monkeypatch.setattr(pretrain, "THOROUGH", 400)
     monkeypatch.setattr(corpus, "RECORDS", 20)
+    monkeypatch.setattr(corpus, "ECHOES", 20)
     monkeypatch.setattr(corpus, "HELD_OUT_RECORDS", 2)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -114,6 +116,16 @@ def test_held_out_text_is_in_no_training_document(texts):
         held_out = source.held_out(texts)
         assert held_out
         assert all(paragraph not in trained for section in held_out for paragraph in section.split("\n")[1:])
+
+
+def test_echoes_are_told_at_least_twice_and_only_in_words_of_the_text():
+    text = ["the cat sat on a mat", "old kings went home"]
+    for echo in corpus.echoes(text, seed=1):
+        first, *others = echo.split("\n")
+        assert others
+        assert set(others) == {first}
+        assert any(set(first.split()) <= set(document.split()) for document in text)
+    assert list(corpus.echoes(text, seed=1)) == list(corpus.echoes(text, seed=1)) != list(corpus.echoes(text, seed=2))
 
 
 def test_held_out_tail_is_about_a_tenth(texts):

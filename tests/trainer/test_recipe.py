@@ -2,12 +2,12 @@ import pytest
 
 from trainer.recipe import Budget, Recipe
 
-RECIPE = Recipe(windows=((0.0, 16), (0.5, 32)), warmup_steps=4, decay_from=0.5)
+RECIPE = Recipe(windows=((0.0, 16), (0.5, 32)), rates=((0.0, 1.0), (0.5, 1.0), (1.0, 0.0)), warmup_steps=4)
 
 
 def test_rate_warms_up_stays_and_falls():
     rates = [RECIPE.rate(progress, step) for progress, step in ((0, 0), (0.1, 9), (0.5, 50), (0.75, 75), (1, 99))]
-    assert rates == [0.25, 1.0, 1.0, 0.5, RECIPE.final_rate]
+    assert rates == [0.25, 1.0, 1.0, 0.5, 0.0]
 
 
 def test_windows_grow_with_progress():
