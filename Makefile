@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SECTION ?= all
 
-.PHONY: help serve test check bench lint up clean
+.PHONY: help serve test check bench prove lint up clean
 
 help:
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ lint: .venv/.installed ## ruff, mypy and the import rules
 
 bench: .venv/.installed ## measurements beside what a user would pick instead (SECTION=…)
 	$(BIN)/python -m tests.bench $(SECTION)
+
+prove: .venv/.installed ## a long proof, by name: NAME=model, prefixes or tables; writes docs/results
+	$(BIN)/python -m tests.prove $(NAME)
 
 up: ## server and trainer by docker compose, with an API key in .antefix/compose.key
 	docker compose build

@@ -1,0 +1,63 @@
+"""The proofs' own arithmetic, and a small sample of what they prove about the bundled model and prefixes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tests.prove import model, prefixes, tables
+from tests.prove.bundled import Bench
+from trainer.data import tokenize
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench()
+
+
+def test_words_keep_their_apostrophes_and_lose_what_the_last_token_cut():
+    assert model.words("Don’t go -- 'tis 3 o'clock!") == ["don't", "go", "tis", "o'clock"]
+    assert model.whole_words("He went ho") == ["he", "went"]
+    assert model.whole_words("He went home.") == ["he", "went", "home"]
+    assert model.share_known(["the catt sat.", "the cat."], {"the", "cat", "sat"}) == 0.8
+
+
+def test_a_value_counts_only_as_it_stands():
+    assert model.share_copied(["The Owl is a pub.", "a pub"], [["The Owl", "pub"], ["The owl", "pub"]]) == 0.75
+
+
+def test_own_is_best_only_where_it_is_for_every_text():
+    good = {"a": {"none": 3.0, "a": 1.0, "b": 2.0}, "b": {"none": 3.0, "a": 2.0, "b": 1.0}}
+    assert prefixes.own_is_best(good)
+    assert not prefixes.own_is_best(good | {"b": {"none": 0.5, "a": 2.0, "b": 1.0}})
+
+
+def test_the_matrix_shows_each_texts_best_in_bold():
+    bits = {"a": {"none": 3.0, "a": 1.0, "b": 2.0}, "b": {"none": 3.0, "a": 2.0, "b": 1.25}}
+    facts = {name: {"method": "prefix", "virtual_tokens": 16} for name in bits}
+    shown = prefixes.table({"bits": bits, "facts": facts})
+    assert "| `a` | prefix, 16 | 3.000 | **1.000** | 2.000 |" in shown
+    assert "| `b` | prefix, 16 | 3.000 | 2.000 | **1.250** |" in shown
+
+
+def test_bleu_counts_every_reference():
+    answers = ["the cat sat on the mat", "a dog ran home today"]
+    first, second = [["the cat sat on the mat"], ["nothing of the kind here"]], ["a dog ran home today"]
+    assert tables.bleu(answers, [first[0], second]) == pytest.approx(100)
+    assert tables.bleu(answers, [first[0], [first[1][0], second[0]]]) == pytest.approx(100)
+    assert tables.bleu(answers, first) < 70
+
+
+def test_the_engine_scores_a_completion_as_the_sum_of_its_tokens(bench):
+    """A text in two halves: what the whole costs is what the first half costs and what the second costs after it."""
+    tokenizer = bench.model.tokenizer
+    whole, first = tokenize(
+        tokenizer,
+        [{"prompt": "", "completion": " The old man went home."}, {"prompt": "", "completion": " The old man"}],
+        64,
+    )
+    rest = type(whole)(whole.ids, len(first.ids) - 1)  # a completion ends with the end mark, which `whole` has later
+    scored = bench.nats([whole, type(whole)(whole.ids[: len(first.ids) - 1], 1), rest], [None] * 3)
+    assert scored[0] == pytest.approx(scored[1] + scored[2], rel=1e-4)
+    assert all(0 < nats < math.log(tokenizer.vocab_size) * len(whole.ids) for nats in scored)
