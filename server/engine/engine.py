@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import torch
-
 from prefix_store.model.frozen import FrozenModel
 from server.engine import self_test
+from server.engine.attention import native
 from server.engine.batch import build
 from server.engine.kv_pool import KVPool, bytes_per_slot
 from server.engine.model_runner import ModelRunner
@@ -37,7 +36,7 @@ class Engine:
         self.scheduler = Scheduler(limits, eos_ids(frozen), clock)
         self.pool = KVPool(frozen.geometry, limits.slots, dtype=frozen.dtype, device=frozen.device)
         truths = self_test.plain_truths(frozen)
-        self.runner = ModelRunner(frozen, self.pool, backend or default_backend(frozen.device))
+        self.runner = ModelRunner(frozen, self.pool, backend or default_backend(frozen))
         self_test.check(self.runner, truths)
 
     def step(self) -> list[TokenEvent]:
@@ -59,9 +58,11 @@ class Engine:
         return sample(self.runner.run(batch), batch.selections)
 
 
-def default_backend(device: torch.device) -> str:
-    """The attention backend for a kind of device."""
-    return "cpu" if device.type == "cpu" else "plain"
+def default_backend(frozen: FrozenModel) -> str:
+    """The fastest attention backend that this machine has for a model."""
+    if frozen.device.type != "cpu":
+        return "plain"
+    return "native" if native.is_available(frozen.dtype) else "cpu"
 
 
 def eos_ids(frozen: FrozenModel) -> frozenset[int]:

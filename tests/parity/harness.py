@@ -13,6 +13,7 @@ from _pytest.mark import ParameterSet
 from transformers import DynamicCache, PreTrainedModel
 
 from prefix_store.model.frozen import FrozenModel
+from server.engine.attention import native
 from server.engine.batch import Batch
 from server.engine.engine import Engine
 from server.engine.model_runner import ModelRunner
@@ -31,6 +32,12 @@ SAMPLE = ("gpt2", "llama")
 def sampled(families: Iterable[str]) -> list[ParameterSet]:
     """Every family, as parameters of a test."""
     return [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow) for name in families]
+
+
+def backends() -> list[ParameterSet | str]:
+    """Every attention backend of a CPU, as parameters of a test."""
+    missing = pytest.mark.skipif(not native.is_available(torch.float32), reason="no C compiler")
+    return [pytest.param("native", marks=missing), "cpu", "plain"]
 
 
 @dataclass(frozen=True)

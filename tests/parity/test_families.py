@@ -17,6 +17,7 @@ from tests.parity.harness import (
     TOLERANCE,
     Case,
     alone,
+    backends,
     make_engine,
     payload,
     plain_logits,
@@ -79,7 +80,7 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("backend", ["cpu", "plain"])
+@pytest.mark.parametrize("backend", backends())
 def test_mixed_rows_equal_the_request_alone(family, schedule, backend, record_worst, monkeypatch):
     name, served, cases, expected = family
     if schedule == "preempting":

@@ -14,6 +14,7 @@ from tests.parity.harness import (
     TOLERANCE,
     Case,
     alone,
+    backends,
     make_engine,
     payload,
     run_mixed,
@@ -42,7 +43,7 @@ def prompt_alone(model: torch.nn.Module, case: Case, prompt: torch.Tensor) -> tu
     return ids[len(case.prompt) :], torch.stack(rows)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "plain"])
+@pytest.mark.parametrize("backend", backends())
 @pytest.mark.parametrize("family", sampled(FAMILIES))
 def test_mixed_rows_equal_the_embeddings_in_front(family, backend, record_worst):
     draw = random.Random(0)

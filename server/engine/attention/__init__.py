@@ -7,7 +7,7 @@ transformers builds no mask; the work list says who sees what.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,12 +17,12 @@ from transformers import AttentionInterface
 
 from prefix_store.errors import ModelUnsupported
 from prefix_store.model import arguments
-from server.engine.attention import cpu, plain, segments
-from server.engine.attention.work import Mask, Part, WorkItem
+from server.engine.attention import cpu, native, plain, segments
 from server.engine.kv_pool import KVPool
 
 NAME = "antefix"
-BACKENDS = {
+BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
+    "native": native.attend,
     "cpu": partial(segments.attend, cpu.attend_item),
     "plain": partial(segments.attend, plain.attend_item),
 }
@@ -98,8 +98,7 @@ def _attend(
     """Writes the step's keys and values into the pool, then attends; `[T, Hq, D]`."""
     keys.index_copy_(0, slots, key.to(keys.dtype))
     values.index_copy_(0, slots, value.to(values.dtype))
-    items = [WorkItem(Part(line[0]), Mask(line[1]), *line[2:]) for line in work.tolist()]
-    return BACKENDS[backend](query, keys, values, items, window=window, scale=scale, softcap=softcap)
+    return BACKENDS[backend](query, keys, values, work, window=window, scale=scale, softcap=softcap)
 
 
 def _attend_shape(query: torch.Tensor, *_: Any) -> torch.Tensor:

@@ -31,19 +31,22 @@ def attend(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    work: list[WorkItem],
+    work: torch.Tensor,
     *,
     window: int,
     scale: float,
     softcap: float,
 ) -> torch.Tensor:
-    """Attention of packed queries `[T, Hq, D]` over one layer's pool `[S, Hkv, D]`; returns `[T, Hq, D]`."""
+    """Attention of packed queries `[T, Hq, D]` over one layer's pool `[S, Hkv, D]`; returns `[T, Hq, D]`.
+
+    `work` `[n, 8]`: the items, as integers.
+    """
     output = torch.empty_like(query)
     lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
     # Rows without a prefix keep zeros and minus infinity here, so that merging leaves them as they are.
     prefix_output, prefix_lse = torch.zeros_like(query), torch.full_like(lse, -torch.inf)
     targets = {Part.OWN: (output, lse), Part.PREFIX: (prefix_output, prefix_lse)}
-    for item in work:
+    for item in WorkItem.read(work):
         rows, slots = slice(item.q_lo, item.q_hi), slice(item.kv_lo, item.kv_hi)
         partial, total = attend_item(
             query[rows], keys[slots], values[slots], item, window=window, scale=scale, softcap=softcap

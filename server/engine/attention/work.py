@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
+import torch
+
 from server.scheduler.plan import Row
 from server.scheduler.slots import Extent
 
@@ -30,6 +32,10 @@ class Mask(IntEnum):
     WINDOW = 2
 
 
+# The numbers of an item, in the order in which the operator takes them.
+FIELDS = ("part", "mask", "q_lo", "q_hi", "kv_lo", "kv_hi", "q_pos", "kv_pos")
+
+
 @dataclass(frozen=True)
 class WorkItem:
     """One line of the list."""
@@ -44,8 +50,13 @@ class WorkItem:
     kv_pos: int
 
     def as_tuple(self) -> tuple[int, ...]:
-        """The item as the operator takes it."""
+        """The item as the operator takes it: `FIELDS`."""
         return (self.part, self.mask, self.q_lo, self.q_hi, self.kv_lo, self.kv_hi, self.q_pos, self.kv_pos)
+
+    @classmethod
+    def read(cls, work: torch.Tensor) -> list[WorkItem]:
+        """The items of an operator's `[n, 8]` integers."""
+        return [cls(Part(line[0]), Mask(line[1]), *line[2:]) for line in work.tolist()]
 
 
 def work_items(rows: Sequence[Row], window: int | None) -> list[WorkItem]:

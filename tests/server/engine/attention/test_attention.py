@@ -68,7 +68,7 @@ def test_equals_attention_written_out(backend, heads, window, slides, softcap):
         total = sum(row.count for row in rows)
         query = torch.randn(total, heads[0], SIZE, generator=generator)
         keys, values = (torch.randn(SLOTS, heads[1], SIZE, generator=generator) for _ in range(2))
-        work = work_items(rows, window or None)
+        work = torch.tensor([item.as_tuple() for item in work_items(rows, window or None)])
         got = BACKENDS[backend](query, keys, values, work, window=window, scale=0.3, softcap=softcap)
         expected = written_out(rows, query, keys, values, window, slides, 0.3, softcap)
         assert float((got - expected).abs().max()) < 2e-6

@@ -1,0 +1,139 @@
+/* Attention of single queries over runs of slots, for native.py. Plain C: the compiler's vectorizer does the rest.
+ *
+ * Keys and values are [slots, kv_heads, size], float32, so that a run of slots is one stretch of memory, read once from
+ * front to back for all heads. NaN and infinity pass through: a row that overflows must be seen to overflow.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { PART, MASK, Q_LO, Q_HI, KV_LO, KV_HI, Q_POS, KV_POS, FIELDS }; /* WorkItem.as_tuple */
+enum { FULL = 0 };
+enum { AT_ONCE = 8 }; /* slots between two looks at another head: enough to keep its query in registers */
+
+typedef struct {
+  const float *query; /* [rows, query_heads, size], any strides but the last */
+  int64_t query_row, query_head;
+  const float *keys, *values;
+  int64_t query_heads, kv_heads, size;
+  float scale, softcap;
+} Layer;
+
+/* exp by powers of two and a polynomial, to 2 units in the last place, in a form that vectorizes. */
+static inline float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  float whole = rintf(x * 1.44269504f);
+  float r = fmaf(whole, -0.693145752f, x);
+  r = fmaf(whole, -1.42860677e-6f, r);
+  float p = 1.98756881e-4f;
+  p = fmaf(p, r, 1.39819994e-3f);
+  p = fmaf(p, r, 8.33345205e-3f);
+  p = fmaf(p, r, 4.16657962e-2f);
+  p = fmaf(p, r, 1.66666657e-1f);
+  p = fmaf(p, r, 0.5f);
+  p = fmaf(p, r * r, r) + 1.0f;
+  union { int32_t i; float f; } two;
+  two.i = ((int32_t)whole + 127) << 23;
+  return p * two.f;
+}
+
+/* scores[h][s] for all heads h and slots s, 0 <= s < count */
+static inline __attribute__((always_inline)) void score(
+    const Layer *l, const float *query, int64_t lo, int64_t count, float *scores, const int64_t size) {
+  const int64_t group = l->query_heads / l->kv_heads, step = l->kv_heads * size;
+  for (int64_t s0 = 0; s0 < count; s0 += AT_ONCE) {
+    const int64_t some = count - s0 < AT_ONCE ? count - s0 : AT_ONCE;
+    for (int64_t h = 0; h < l->query_heads; h++) {
+      const float *q = query + h * l->query_head, *k = l->keys + (lo + s0) * step + h / group * size;
+      for (int64_t s = 0; s < some; s++, k += step) {
+        float sum = 0;
+        for (int64_t d = 0; d < size; d++) sum += q[d] * k[d];
+        scores[h * count + s0 + s] = sum * l->scale;
+      }
+    }
+  }
+}
+
+/* output[h] = sum over s of scores[h][s] * value[s] */
+static inline __attribute__((always_inline)) void gather(
+    const Layer *l, int64_t lo, int64_t count, const float *scores, float *output, const int64_t size) {
+  const int64_t group = l->query_heads / l->kv_heads, step = l->kv_heads * size;
+  memset(output, 0, sizeof(float) * l->query_heads * size);
+  for (int64_t s0 = 0; s0 < count; s0 += AT_ONCE) {
+    const int64_t some = count - s0 < AT_ONCE ? count - s0 : AT_ONCE;
+    for (int64_t h = 0; h < l->query_heads; h++) {
+      const float *v = l->values + (lo + s0) * step + h / group * size, *p = scores + h * count + s0;
+      float *o = output + h * size;
+      for (int64_t s = 0; s < some; s++, v += step)
+        for (int64_t d = 0; d < size; d++) o[d] += p[s] * v[d];
+    }
+  }
+}
+
+static inline __attribute__((always_inline)) void attend_sized(
+    const Layer *l, int64_t row, int64_t lo, int64_t count, float *scores, float *output, float *lse,
+    const int64_t size) {
+  score(l, l->query + row * l->query_row, lo, count, scores, size);
+  for (int64_t h = 0; h < l->query_heads; h++) {
+    float *s = scores + h * count, most = -INFINITY, sum = 0;
+    if (l->softcap > 0)
+      for (int64_t i = 0; i < count; i++) s[i] = l->softcap * tanhf(s[i] / l->softcap);
+    for (int64_t i = 0; i < count; i++) most = s[i] > most ? s[i] : most;
+    for (int64_t i = 0; i < count; i++) sum += s[i] = exponential(s[i] - most);
+    const float share = 1 / sum;
+    for (int64_t i = 0; i < count; i++) s[i] *= share;
+    lse[h] = most + logf(sum);
+  }
+  gather(l, lo, count, scores, output, size);
+}
+
+/* A size known at compile time is what makes the inner loops straight lines. */
+static void attend_row(const Layer *l, int64_t row, int64_t lo, int64_t count, float *scores, float *output, float *lse) {
+  switch (l->size) {
+    case 32: attend_sized(l, row, lo, count, scores, output, lse, 32); break;
+    case 64: attend_sized(l, row, lo, count, scores, output, lse, 64); break;
+    case 128: attend_sized(l, row, lo, count, scores, output, lse, 128); break;
+    default: attend_sized(l, row, lo, count, scores, output, lse, l->size);
+  }
+}
+
+/* Does every item with at most `most_rows` queries that see all its slots. Outputs and lses are two each, own and
+ * prefix, [rows, query_heads, size] and [rows, query_heads]. Returns 0, or 1 where memory ran out. */
+int antefix_attend(
+    const float *query, int64_t query_row, int64_t query_head, const float *keys, const float *values,
+    int64_t query_heads, int64_t kv_heads, int64_t size, float scale, float softcap, const int64_t *work, int64_t items,
+    int64_t most_rows, int64_t threads, float *own_output, float *own_lse, float *prefix_output, float *prefix_lse) {
+  const Layer layer = {query, query_row, query_head, keys, values, query_heads, kv_heads, size, scale, softcap};
+  int failed = 0;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) reduction(| : failed)
+  for (int64_t i = 0; i < items; i++) {
+    const int64_t *item = work + i * FIELDS, count = item[KV_HI] - item[KV_LO];
+    if (item[MASK] != FULL || item[Q_HI] - item[Q_LO] > most_rows) continue;
+    float *scores = malloc(sizeof(float) * query_heads * count);
+    if (scores == NULL) {
+      failed = 1;
+      continue;
+    }
+    float *output = item[PART] ? prefix_output : own_output, *lse = item[PART] ? prefix_lse : own_lse;
+    for (int64_t row = item[Q_LO]; row < item[Q_HI]; row++)
+      attend_row(
+          &layer, row, item[KV_LO], count, scores, output + row * query_heads * size, lse + row * query_heads);
+    free(scores);
+  }
+  return failed;
+}
+
+/* own_output becomes attention over both segments; a row without a prefix has a prefix_lse of minus infinity. */
+void antefix_merge(
+    float *own_output, const float *own_lse, const float *prefix_output, const float *prefix_lse, int64_t heads,
+    int64_t size, int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t h = 0; h < heads; h++) {
+    if (prefix_lse[h] == -INFINITY) continue;
+    const float share = 1 / (1 + expf(own_lse[h] - prefix_lse[h]));
+    float *own = own_output + h * size;
+    const float *prefix = prefix_output + h * size;
+    for (int64_t d = 0; d < size; d++) own[d] += share * (prefix[d] - own[d]);
+  }
+}

@@ -1,0 +1,166 @@
+"""Attention on the CPU in our own C: all decoding rows of a step in one call, where torch's kernel takes one an item.
+
+`native.c` is compiled once for this machine, in about a second, and kept in the user's cache; where there is no
+compiler, or the result does not compute what `cpu` computes, there is no native backend. Longer stretches of queries
+stay with torch's kernel, which multiplies matrices.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from server.engine.attention import cpu, segments
+from server.engine.attention.work import FIELDS, Mask, Part, WorkItem
+
+SOURCE = Path(__file__).with_name("native.c")
+COMPILERS = ("cc", "gcc", "clang")
+# What -ffast-math has and NaN survives: sums in any order, and no errno.
+FLAGS = (
+    *("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-shared", "-fPIC"),
+    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
+)
+COMPILE_SECONDS = 60
+MOST_ROWS = 8  # queries of an item that are done here, one after another
+TOLERANCE = 1e-5
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    work: torch.Tensor,
+    *,
+    window: int,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    """As `segments.attend`. Raises RuntimeError where `is_available` is false."""
+    library = _library()
+    if library is None:
+        raise RuntimeError("there is no native attention on this machine")
+    return _attend(library, query, keys, values, work, window, scale, softcap)
+
+
+def is_available(dtype: torch.dtype) -> bool:
+    """Whether this machine can run it, for keys and values of that dtype."""
+    return dtype is torch.float32 and _library() is not None
+
+
+def _attend(
+    library: ctypes.CDLL,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    work: torch.Tensor,
+    window: int,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    if query.dtype is not torch.float32 or query.stride(2) != 1:
+        query = query.float().contiguous()
+    own, prefix = torch.empty(query.shape), torch.empty(query.shape)
+    own_lse, prefix_lse = torch.empty(query.shape[:2]), torch.full(query.shape[:2], -torch.inf)
+    threads = torch.get_num_threads()
+    failed = library.antefix_attend(
+        _at(query), query.stride(0), query.stride(1), _at(keys), _at(values), query.shape[1], *keys.shape[1:],
+        scale, softcap, _at(work), len(work), MOST_ROWS, threads, _at(own), _at(own_lse), _at(prefix), _at(prefix_lse),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("no memory for attention scores")
+    for item in WorkItem.read(work[_is_left(work)]):
+        rows, slots = slice(item.q_lo, item.q_hi), slice(item.kv_lo, item.kv_hi)
+        partial, total = cpu.attend_item(
+            query[rows], keys[slots], values[slots], item, window=window, scale=scale, softcap=softcap
+        )
+        output, lse = (prefix, prefix_lse) if item.part is Part.PREFIX else (own, own_lse)
+        output[rows], lse[rows] = partial, total
+    library.antefix_merge(
+        _at(own), _at(own_lse), _at(prefix), _at(prefix_lse), own_lse.numel(), query.shape[2], threads
+    )
+    return own
+
+
+def _is_left(work: torch.Tensor) -> torch.Tensor:
+    """`[items]`: what native.c passes over."""
+    return (work[:, FIELDS.index("mask")] != Mask.FULL) | (
+        work[:, FIELDS.index("q_hi")] - work[:, FIELDS.index("q_lo")] > MOST_ROWS
+    )
+
+
+def _at(tensor: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    path = _compiled()
+    if path is None:
+        return None
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError:
+        return None
+    number, pointer, real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+    library.antefix_attend.argtypes = [
+        pointer, number, number, pointer, pointer, number, number, number, real, real, pointer, number, number, number,
+        *[pointer] * 4,
+    ]  # fmt: skip
+    library.antefix_merge.argtypes = [*[pointer] * 4, number, number, number]
+    return library if _agrees(library) else None
+
+
+def _agrees(library: ctypes.CDLL) -> bool:
+    """Whether it computes what torch's kernel does, on a row with a prefix and a row without."""
+    generator = torch.Generator().manual_seed(0)
+    query, keys, values = (
+        torch.randn(rows, heads, 64, generator=generator) for rows, heads in ((2, 4), (9, 2), (9, 2))
+    )
+    items = [WorkItem(Part.OWN, Mask.FULL, row, row + 1, 3 * row, 3 * row + 3, 0, 0) for row in (0, 1)]
+    items.append(WorkItem(Part.PREFIX, Mask.FULL, 0, 1, 6, 9, 0, 0))
+    work = torch.tensor([item.as_tuple() for item in items])
+    expected = segments.attend(cpu.attend_item, query, keys, values, work, window=0, scale=0.1, softcap=0.0)
+    return bool((_attend(library, query, keys, values, work, 0, 0.1, 0.0) - expected).abs().max() < TOLERANCE)
+
+
+def _compiled() -> Path | None:
+    """The compiled file, from the cache or made now; None where that fails."""
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        return None
+    # -march=native means another file on another kind of processor, and a home folder may be shared between machines
+    kind = f"{SOURCE.read_text()}{FLAGS}{compiler}{platform.machine()}{_processor()}"
+    path = _cache() / f"attention-{hashlib.sha256(kind.encode()).hexdigest()[:16]}.so"
+    if path.exists():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / "made.so"
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_SECONDS)
+            os.replace(made, path)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return path
+
+
+def _cache() -> Path:
+    return Path("~/.cache/antefix/native").expanduser()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "".join(line for line in lines if line.startswith(("model name", "flags", "Features")))[:4000]
