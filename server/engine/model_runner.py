@@ -8,7 +8,7 @@ import torch
 
 from prefix_store.errors import ModelUnsupported
 from prefix_store.model.frozen import FrozenModel
-from server.engine import attention, linear
+from server.engine import activation, attention, linear
 from server.engine.attention import StepContext
 from server.engine.attention.work import prefill_item
 from server.engine.batch import Batch
@@ -26,6 +26,7 @@ class ModelRunner:
         self.windows = _windows(frozen.model)
         bind(frozen.model)
         linear.pack(frozen.model)
+        activation.fuse(frozen.model)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:

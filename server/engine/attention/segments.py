@@ -46,7 +46,7 @@ def attend(
     # Rows without a prefix keep zeros and minus infinity here, so that merging leaves them as they are.
     prefix_output, prefix_lse = torch.zeros_like(query), torch.full_like(lse, -torch.inf)
     targets = {Part.OWN: (output, lse), Part.PREFIX: (prefix_output, prefix_lse)}
-    for item in WorkItem.read(work):
+    for item in WorkItem.read(work.tolist()):
         rows, slots = slice(item.q_lo, item.q_hi), slice(item.kv_lo, item.kv_hi)
         partial, total = attend_item(
             query[rows], keys[slots], values[slots], item, window=window, scale=scale, softcap=softcap

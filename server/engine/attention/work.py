@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
-import torch
-
 from server.scheduler.plan import Row
 from server.scheduler.slots import Extent
 
@@ -54,9 +52,9 @@ class WorkItem:
         return (self.part, self.mask, self.q_lo, self.q_hi, self.kv_lo, self.kv_hi, self.q_pos, self.kv_pos)
 
     @classmethod
-    def read(cls, work: torch.Tensor) -> list[WorkItem]:
-        """The items of an operator's `[n, 8]` integers."""
-        return [cls(Part(line[0]), Mask(line[1]), *line[2:]) for line in work.tolist()]
+    def read(cls, lines: Sequence[Sequence[int]]) -> list[WorkItem]:
+        """Items from what `as_tuple` made of them."""
+        return [cls(Part(line[0]), Mask(line[1]), *line[2:]) for line in lines]
 
 
 def work_items(rows: Sequence[Row], window: int | None) -> list[WorkItem]:
