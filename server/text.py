@@ -78,16 +78,25 @@ def _last_text(tokenizer: Any, ids: Sequence[int]) -> list[int]:
 
 
 class TextStream:
-    """The text of one choice. `stopped` turns true when a stop string is complete; the text then ends before it."""
+    """The text of one choice. `stopped` turns true when a stop string is complete; the text then ends before it.
 
-    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
+    One that is complete within the first `min_tokens` tokens does not count.
+    """
+
+    def __init__(
+        self, tokenizer: Any, prompt_ids: Sequence[int] = (), stop: Sequence[str] = (), min_tokens: int = 0
+    ) -> None:
         self._detokenizer = Detokenizer(tokenizer, prompt_ids)
         self._stop = tuple(stop)
         self._held = ""
+        self._pushed = 0
+        self._exempt = 0  # how much of what is held came with the first `min_tokens` tokens
+        self._min_tokens = min_tokens
         self.stopped = False
 
     def push(self, token_id: int) -> str:
         """The text that is certain after this token. Call no more once `stopped`."""
+        self._pushed += 1
         return self._release(self._detokenizer.push(token_id))
 
     def finish(self) -> str:
@@ -102,14 +111,17 @@ class TextStream:
         if not self._stop:
             return piece
         self._held += piece
+        if self._pushed <= self._min_tokens:
+            self._exempt = len(self._held)
+        found = [(self._held.find(stop, max(0, self._exempt + 1 - len(stop))), len(stop)) for stop in self._stop]
         # the stop string that is complete first, and of two that end together the longer
-        ends = [(self._held.find(stop) + len(stop), -len(stop)) for stop in self._stop if stop in self._held]
+        ends = [(start + length, start) for start, length in found if start >= 0]
         if ends:
-            end, length = min(ends)
-            certain, self._held, self.stopped = self._held[: end + length], "", True
+            certain, self._held, self.stopped = self._held[: min(ends)[1]], "", True
             return certain
         keep = len(self._held) - self._beginning()
         certain, self._held = self._held[:keep], self._held[keep:]
+        self._exempt = max(0, self._exempt - keep)
         return certain
 
     def _beginning(self) -> int:

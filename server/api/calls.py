@@ -52,6 +52,10 @@ class Choice:
         return piece
 
 
+def _text_stream(tokenizer: Any, request: GenerationRequest) -> TextStream:
+    return TextStream(tokenizer, request.prompt_ids, request.params.stop, request.params.min_tokens)
+
+
 class Call:
     """The choices of one prompt in the engine, one request each. Who submits it sees to `abort` when done with it."""
 
@@ -63,8 +67,7 @@ class Call:
         self._clock = clock
         self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
         self._by_id = {
-            request.id: Choice(index, TextStream(tokenizer, request.prompt_ids, request.params.stop))
-            for index, request in enumerate(requests)
+            request.id: Choice(index, _text_stream(tokenizer, request)) for index, request in enumerate(requests)
         }
         self.first_token_at: float | None = None
         self.ended_at: float | None = None

@@ -16,6 +16,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from prefix_store.errors import AntefixError, InvalidRequest
+from prefix_store.model.frozen import FrozenModel
 from server.api import errors, logprobs, prompts, references, schemas, sse
 from server.api.auth import Caller, Calling
 from server.api.calls import Call, Choice, Delta
@@ -23,6 +24,7 @@ from server.api.prompts import Prompt
 from server.api.references import ServedPrefix
 from server.api.schemas import GenerateBody
 from server.api.services import Services, Serving
+from server.engine.engine import eos_ids
 from server.scheduler.messages import FinishReason, GenerationRequest
 from server.scheduler.sampling_params import SamplingParams
 
@@ -67,7 +69,7 @@ async def _begin(body: GenerateBody, services: Services, caller: Caller, begun: 
         id=f"gen-{uuid.uuid4().hex}",
         tenant=caller.tenant,
         prompt_ids=prompt.ids,
-        params=_sampling(body, services.frozen.context_length - len(prompt.ids) - _virtual_tokens(prefix)),
+        params=_sampling(body, services.frozen, len(prompt.ids) + _virtual_tokens(prefix)),
         prefix=prefix.payload if prefix else None,
         deadline=begun + body.timeout_s if body.timeout_s is not None else None,
     )
@@ -93,22 +95,41 @@ async def _prompt(body: GenerateBody, services: Services, prefix: ServedPrefix |
     return prompts.from_ids(body.prompt, services)
 
 
-def _sampling(body: GenerateBody, room: int) -> SamplingParams:
+def _sampling(body: GenerateBody, frozen: FrozenModel, taken: int) -> SamplingParams:
     """An absent max_tokens takes what room there is, and at least one, so that too long a prompt is still refused."""
-    default = max(1, min(DEFAULT_MAX_TOKENS, room))
+    default = max(1, min(DEFAULT_MAX_TOKENS, frozen.context_length - taken))
     return SamplingParams(
         max_tokens=default if body.max_tokens is None else body.max_tokens,
         temperature=body.temperature,
         top_p=body.top_p,
         top_k=body.top_k,
         min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        logit_bias=_logit_bias(body, frozen),
         seed=body.seed,
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop),
-        stop_token_ids=frozenset(body.stop_token_ids),
+        stop_token_ids=_stop_token_ids(body, frozen),
+        min_tokens=body.min_tokens,
         ignore_eos=body.ignore_eos,
         logprobs=body.logprobs,
         echo=body.echo,
     )
+
+
+def _logit_bias(body: GenerateBody, frozen: FrozenModel) -> tuple[tuple[int, float], ...]:
+    last = frozen.vocabulary_size - 1
+    if max(body.logit_bias, default=0) > last:
+        odd = max(body.logit_bias)
+        raise InvalidRequest(f"logit_bias: token ids must be from 0 to {last}, got {odd}", param="logit_bias")
+    return tuple(body.logit_bias.items())
+
+
+def _stop_token_ids(body: GenerateBody, frozen: FrozenModel) -> frozenset[int]:
+    """What ends an answer. The engine knows the model's own, but `min_tokens` holds back only what is named here."""
+    named = frozenset(body.stop_token_ids)
+    return named if body.ignore_eos or body.min_tokens == 0 else named | eos_ids(frozen)
 
 
 def _row(request: GenerationRequest, index: int) -> GenerationRequest:

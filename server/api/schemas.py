@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from contextlib import suppress
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from prefix_store.errors import InvalidRequest
 from prefix_store.jobs import Objective
 from server.api import errors
+from server.scheduler.sampling_params import MAX_BIASES
 
 # one bound for all integers, so that none can be too large to be turned into a float and compared
 Integer = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 # the first wrong item is enough: an error for each of a million would keep every other call waiting
 Integers = Annotated[list[Integer], Field(fail_fast=True)]
+# as Python writes an id, so that none can be given twice
+TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
 class Body(BaseModel):
@@ -41,6 +45,19 @@ class Body(BaseModel):
         return {name: value for name, value in data.items() if value is not None}
 
 
+def _by_token_id(biases: Any) -> Any:
+    """JSON knows only texts as keys. Counted before anything else is looked at, for each wrong one is an error."""
+    if not isinstance(biases, dict):
+        return biases
+    if len(biases) > MAX_BIASES:
+        expected = f"at most {MAX_BIASES} token ids"
+        raise InvalidRequest(f"logit_bias must be {expected}, got {len(biases)}", param="logit_bias")
+    odd = next((key for key in biases if not TOKEN_ID.fullmatch(str(key))), None)
+    if odd is not None:
+        raise InvalidRequest(f"logit_bias: keys must be token ids, got {str(odd)[:80]!r}", param="logit_bias")
+    return {int(key): bias for key, bias in biases.items()}
+
+
 class GenerateBody(Body):
     """POST /generate. Ranges of the sampling fields are `SamplingParams`'s."""
 
@@ -51,9 +68,14 @@ class GenerateBody(Body):
     top_p: float = 1.0
     top_k: Integer = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_by_token_id)] = Field(default={})
     seed: Integer | None = None
     stop: str | Annotated[list[str], Field(fail_fast=True, max_length=16)] = Field(default=[])
     stop_token_ids: Annotated[Integers, Field(max_length=256)] = Field(default=[])
+    min_tokens: Integer = 0
     n: int = Field(default=1, ge=1, le=64)
     logprobs: Integer | None = None
     echo: bool = False

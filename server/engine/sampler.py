@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from itertools import chain, islice
 
 import torch
 
+from server.engine import filters
+from server.engine.adjustments import adjust
 from server.engine.batch import Selection
 from server.scheduler.messages import TokenLogprob
 from server.scheduler.plan import RowResult
+from server.scheduler.sampling_params import MAX_LOGPROBS, SamplingParams
+from server.scheduler.sequence import Sequence
 
 NUMERICS = "the prefix or the prompt makes this model's logits overflow (prefix_numerics)"
 
@@ -16,75 +21,81 @@ NUMERICS = "the prefix or the prompt makes this model's logits overflow (prefix_
 def sample(logits: torch.Tensor, selections: Rows[Selection]) -> list[RowResult]:
     """One result for each selection, in order. `logits` `[N, V]`. A row with non-finite logits fails alone."""
     logits = logits.float()
-    drawing = [selection for selection in selections if selection.row.samples]
-    last = [selection.first + selection.count - 1 for selection in drawing]
-    tokens = dict(zip((id(s) for s in drawing), _choose(logits[last], drawing), strict=True))
-    return [_result(logits, selection, tokens.get(id(selection))) for selection in selections]
+    best, likeliest = logits.max(-1)  # NaN wins a maximum, so this looks at every logit
+    finite = best.isfinite().tolist()
+    sound = [s for s in selections if all(finite[s.first : s.first + s.count])]
+    tokens = _choose(logits, likeliest.tolist(), [s for s in sound if s.row.samples])
+    results = dict(zip(sound, _results(logits, sound, tokens), strict=True))
+    return [results.get(selection, RowResult(error=NUMERICS)) for selection in selections]
 
 
-def _choose(logits: torch.Tensor, selections: Rows[Selection]) -> list[int | None]:
-    """Token ids; None for a row whose logits are not finite."""
-    if not selections:
-        return []
-    best, greedy = logits.max(-1)  # NaN wins a maximum, so this looks at every logit
-    chosen: list[int | None] = greedy.tolist()
-    drawing = [i for i, s in enumerate(selections) if not s.row.sequence.request.params.is_greedy]
-    if drawing:
-        drawn = _draw(logits[drawing], [selections[i] for i in drawing])
-        for index, token in zip(drawing, drawn, strict=True):
-            chosen[index] = token
-    for index in (~best.isfinite()).nonzero().flatten().tolist():
-        chosen[index] = None
+def _choose(logits: torch.Tensor, likeliest: list[int], selections: Rows[Selection]) -> dict[Selection, int]:
+    """The next token of each. Greedy rows that take the model's logits as they are have it already."""
+    drawing = [s for s in selections if not _params(s).is_greedy]
+    adjusted = [s for s in selections if _params(s).is_greedy and s.row.sequence.is_adjusted]
+    chosen = {s: likeliest[_last(s)] for s in selections}
+    rows = [*drawing, *adjusted]
+    if rows:
+        own = logits[[_last(s) for s in rows]]  # a copy: logprobs are of the model's own logits
+        adjust(own, [s.row.sequence for s in rows])
+        drawn = _draw(own[: len(drawing)], [s.row.sequence for s in drawing]) if drawing else []
+        chosen.update(zip(rows, drawn + own[len(drawing) :].argmax(-1).tolist(), strict=True))
     return chosen
 
 
-def _draw(logits: torch.Tensor, selections: Rows[Selection]) -> list[int]:
+def _draw(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
     """Inverse-CDF sampling: the filtered token at the row's own uniform number.
 
-    Filters look at tokens in order of probability, the draw at tokens in order of id: rounding, which another batch
-    makes differ, swaps neighbours of nearly equal probability in the one order and hardly moves the other.
+    The draw looks at tokens in order of id, not of probability: rounding, which another batch makes differ, swaps
+    neighbours of nearly equal probability in the one order and hardly moves the other.
     """
-    params = [s.row.sequence.request.params for s in selections]
-    device = logits.device
-    temperature = torch.tensor([[p.temperature] for p in params], device=device)
-    values, order = (logits / temperature).nan_to_num().sort(dim=-1, descending=True, stable=True)
-    probabilities = values.softmax(-1)
-    rank = torch.arange(values.shape[-1], device=device)
-    top_k = torch.tensor([[p.top_k or values.shape[-1]] for p in params], device=device)
-    top_p = torch.tensor([[p.top_p] for p in params], device=device)
-    min_p = torch.tensor([[p.min_p] for p in params], device=device)
-    # As in nucleus sampling (Holtzman et al. 2020), the token that crosses top_p is kept: compare the mass before it.
-    before = probabilities.cumsum(-1) - probabilities
-    keep = (rank < top_k) & (before < top_p) & (probabilities >= min_p * probabilities[:, :1])
-    keep[:, 0] = True
-    kept = torch.zeros_like(probabilities).scatter(-1, order, probabilities * keep)
-    cumulative = kept.double().cumsum(-1)
-    uniform = torch.tensor([[s.row.sequence.uniform()] for s in selections], dtype=torch.float64, device=device)
-    index = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    kept = filters.probabilities(logits, [sequence.request.params for sequence in sequences])
+    cumulative = kept.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:].contiguous()
+    uniform = torch.tensor([[s.uniform()] for s in sequences], dtype=torch.float64, device=logits.device)
+    index = torch.searchsorted(cumulative, uniform * total, right=True)
     # Rounding could put a draw just past the last kept token.
-    last = (kept > 0).long().mul(rank).amax(-1, keepdim=True)
-    drawn: list[int] = torch.minimum(index, last).flatten().tolist()
+    drawn: list[int] = torch.minimum(index, torch.searchsorted(cumulative, total)).flatten().tolist()
     return drawn
 
 
-def _result(logits: torch.Tensor, selection: Selection, token: int | None) -> RowResult:
-    row = selection.row
-    scores = logits[selection.first : selection.first + selection.count]
-    if (row.samples and token is None) or (len(row.scored) and not bool(scores.amax(-1).isfinite().all())):
-        return RowResult(error=NUMERICS)
-    params, tokens = row.sequence.request.params, row.sequence.tokens
-    if params.logprobs is None:
-        return RowResult(token)
-    targets = [tokens[index + 1] for index in row.scored] + ([token] if token is not None else [])
-    found = _logprobs(scores, targets, params.logprobs)
-    return RowResult(token, found[-1] if token is not None else None, found[: len(row.scored)])
+def _results(logits: torch.Tensor, selections: Rows[Selection], tokens: dict[Selection, int]) -> list[RowResult]:
+    targets = [_targets(selection, tokens.get(selection)) for selection in selections]
+    positions = [s.first + i for s, wanted in zip(selections, targets, strict=True) for i in range(len(wanted))]
+    tops = [_params(s).logprobs or 0 for s, wanted in zip(selections, targets, strict=True) for _ in wanted]
+    scores = iter(_logprobs(logits, positions, list(chain.from_iterable(targets)), tops))
+    results = []
+    for selection, wanted in zip(selections, targets, strict=True):
+        token, found = tokens.get(selection), list(islice(scores, len(wanted)))
+        sampled = found.pop() if found and token is not None else None
+        results.append(RowResult(token, sampled, found))
+    return results
 
 
-def _logprobs(logits: torch.Tensor, targets: list[int], top: int) -> list[TokenLogprob]:
+def _targets(selection: Selection, token: int | None) -> list[int]:
+    """The tokens whose logprobs are wanted, in the order of the selection's logits."""
+    if _params(selection).logprobs is None:
+        return []
+    prompt = [selection.row.sequence.tokens[index + 1] for index in selection.row.scored]
+    return prompt if token is None else [*prompt, token]
+
+
+def _logprobs(logits: torch.Tensor, positions: list[int], targets: list[int], tops: list[int]) -> list[TokenLogprob]:
+    """By the bare softmax of the model's logits at each position: the target's, and the likeliest `tops`' own."""
     if not targets:
         return []
-    logprobs = logits.log_softmax(-1)
+    logprobs = logits[positions].log_softmax(-1)
     chosen = logprobs.gather(-1, torch.tensor(targets, device=logits.device)[:, None]).flatten().tolist()
-    values, ids = logprobs.topk(min(top, logprobs.shape[-1]))
+    # always the most that may be asked for: how equals are ordered could turn on how many a neighbour wants
+    values, ids = logprobs.topk(min(MAX_LOGPROBS, logprobs.shape[-1]) if any(tops) else 0)
     best = [tuple(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
-    return [TokenLogprob(t, lp, b) for t, lp, b in zip(targets, chosen, best, strict=True)]
+    return [TokenLogprob(t, lp, b[:n]) for t, lp, b, n in zip(targets, chosen, best, tops, strict=True)]
+
+
+def _params(selection: Selection) -> SamplingParams:
+    return selection.row.sequence.request.params
+
+
+def _last(selection: Selection) -> int:
+    """Where the logits of the next token are."""
+    return selection.first + selection.count - 1

@@ -10,14 +10,20 @@ from prefix_store.errors import InvalidRequest
 # Below this, logits / temperature overflows float32 for ordinary logits; the limit is argmax anyway.
 GREEDY_BELOW = 1e-4
 MAX_LOGPROBS = 20
+MAX_BIASES = 1024
+INT64 = -(2**63), 2**63 - 1
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """Sampling of one request; every field holds for its rows alone.
 
-    `top_k` 0 and `top_p` 1 and `min_p` 0 switch a filter off. `seed` None draws one at admission. `stop` strings end
-    the text before themselves. `logprobs` None gives none, n gives the chosen token and the n likeliest.
+    `top_k` 0 and `top_p` 1 and `min_p` 0 switch a filter off. `repetition_penalty` (Keskar et al. 2019) divides the
+    positive and multiplies the negative logits of tokens in the prompt or the answer; from those in the answer,
+    `presence_penalty` is subtracted once and `frequency_penalty` as often as they stand there. `logit_bias` holds pairs
+    of a token id and what is added to its logit. `seed` None draws one at admission. `stop` strings end the text before
+    themselves. None of `stop_token_ids` is drawn before `min_tokens` others. `logprobs` None gives none, n gives the
+    chosen token and the n likeliest, all by the model's own logits.
     """
 
     max_tokens: int = 128
@@ -25,32 +31,62 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = field(default_factory=frozenset)
+    min_tokens: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
     echo: bool = False
 
     def __post_init__(self) -> None:
         _within("max_tokens", self.max_tokens, 1, 1_000_000)
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            expected = f"from 0 to max_tokens, which is {self.max_tokens}"
+            raise InvalidRequest(f"min_tokens must be {expected}, got {self.min_tokens}", param="min_tokens")
         _within("temperature", self.temperature, 0.0, 100.0)
         _within("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0:
             raise InvalidRequest("top_p must be above 0", param="top_p")
         _within("top_k", self.top_k, 0, 2**31 - 1)
         _within("min_p", self.min_p, 0.0, 1.0)
+        # vLLM takes any above 0; within these float32 neither overflows nor loses the penalty
+        _within("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        self._check_logit_bias()
         if self.seed is not None:
-            _within("seed", self.seed, -(2**63), 2**63 - 1)
+            _within("seed", self.seed, *INT64)
         if self.logprobs is not None:
             _within("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if len(self.stop) > 16 or any(not 0 < len(text) <= 256 for text in self.stop):
             raise InvalidRequest("stop must be at most 16 strings of 1 to 256 characters", param="stop")
+        for token_id in self.stop_token_ids:
+            _within("stop_token_ids", token_id, *INT64)
 
     @property
     def is_greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
         return self.temperature < GREEDY_BELOW
+
+    @property
+    def penalises(self) -> bool:
+        """Whether earlier tokens change the logits of later ones."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def _check_logit_bias(self) -> None:
+        if len(self.logit_bias) > MAX_BIASES:
+            expected = f"at most {MAX_BIASES} token ids"
+            raise InvalidRequest(f"logit_bias must be {expected}, got {len(self.logit_bias)}", param="logit_bias")
+        for token_id, bias in self.logit_bias:
+            if not 0 <= token_id <= INT64[1]:
+                expected = f"from 0 to {INT64[1]}"
+                raise InvalidRequest(f"logit_bias: token ids must be {expected}, got {token_id}", param="logit_bias")
+            _within("logit_bias", bias, -100.0, 100.0)
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from server.scheduler.messages import GenerationRequest, TokenLogprob
@@ -27,6 +28,8 @@ class Sequence:
     resident: Resident | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs_sent: bool = False
+    _occurrences: dict[int, int] = field(default_factory=dict, init=False, repr=False)
+    _counted: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)
@@ -50,6 +53,32 @@ class Sequence:
     def final_length(self) -> int:
         """Own slots it can ever need: the last token to be sampled is never computed."""
         return self.prompt_length + self.request.params.max_tokens - 1
+
+    @property
+    def forbidden(self) -> frozenset[int]:
+        """Token ids that may not come next: those that would end the answer before `min_tokens`."""
+        params = self.request.params
+        return params.stop_token_ids if self.generated < params.min_tokens else frozenset()
+
+    @property
+    def is_adjusted(self) -> bool:
+        """Whether the next token is chosen by other logits than the model's own."""
+        params = self.request.params
+        return bool(params.penalises or params.logit_bias or self.forbidden)
+
+    def occurrences(self) -> Mapping[int, int]:
+        """How often each token stands in the answer; one of the prompt alone is there, as 0, if it is penalised too.
+
+        Counted on from the last call. A prefix's virtual tokens are no tokens and so never count.
+        """
+        if self._counted == 0:
+            if self.request.params.repetition_penalty != 1:
+                self._occurrences = dict.fromkeys(self.request.prompt_ids, 0)
+            self._counted = self.prompt_length
+        for token in self.tokens[self._counted :]:
+            self._occurrences[token] = self._occurrences.get(token, 0) + 1
+        self._counted = len(self.tokens)
+        return self._occurrences
 
     @property
     def wants_prompt_logprobs(self) -> bool:

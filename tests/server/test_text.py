@@ -38,9 +38,9 @@ def sentencepiece() -> PreTrainedTokenizerFast:
 TOKENIZERS = {"bytes": tiny_tokenizer(), "byte_level": byte_level(), "sentencepiece": sentencepiece()}
 
 
-def cut(text: str, stops: list[str]) -> str:
-    """The definition: the text before the stop string that is complete first, the longer one of two."""
-    for end in range(len(text) + 1):
+def cut(text: str, stops: list[str], exempt: int = 0) -> str:
+    """The definition: the text before the stop string that is complete first behind `exempt`, the longer one of two."""
+    for end in range(exempt + 1, len(text) + 1):
         complete = [stop for stop in stops if text[:end].endswith(stop)]
         if complete:
             return text[: end - max(map(len, complete))]
@@ -68,6 +68,30 @@ def test_pieces_join_to_the_text_up_to_the_first_stop_string(kind: str) -> None:
         pieces = stream(tokenizer, ids, prompt, stops)
         assert "".join(pieces) == cut(expected, stops)
         assert not any(UNFINISHED in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "byte_level"])
+def test_a_stop_string_that_is_complete_within_the_first_tokens_does_not_count(kind: str) -> None:
+    tokenizer, rng = TOKENIZERS[kind], random.Random(5)
+    passed_over = spanning = 0
+    for _ in range(500):
+        text = "".join(rng.choices("ab c\n你", k=rng.randrange(30)))
+        stops = rng.sample(["ab", "abab", "b c", "你", "a你", "cab c", "c a"], 3)
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        count = rng.randrange(20)
+        early = len(decode(tokenizer, ids[:count]).rstrip(UNFINISHED))
+        found = TextStream(tokenizer, (), stops, count)
+        pieces = []
+        for token_id in ids:
+            pieces.append(found.push(token_id))
+            if found.stopped:
+                break
+        shown = "".join([*pieces, found.finish()])
+        assert shown == cut(text, stops, early)
+        passed_over += shown != cut(text, stops)
+        spanning += len(shown) < early
+    assert passed_over > 50
+    assert spanning > 5  # one that begins within them and is complete behind them counts
 
 
 @pytest.mark.parametrize("kind", ["bytes", "byte_level"])

@@ -160,12 +160,43 @@ def test_a_prompt_that_could_never_fit_is_refused_unread(client: TestClient, fro
 
 def test_sampling_fields_reach_the_engine(client: TestClient, loop: FakeLoop) -> None:
     asked = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "seed": 3, "ignore_eos": True, "logprobs": 0}
+    asked |= {"repetition_penalty": 1.2, "presence_penalty": -0.5, "frequency_penalty": 0.5, "min_tokens": 2}
     before = time.monotonic()
     client.post("/generate", json={"prompt": "hi", "stop_token_ids": [9], "timeout_s": 5, "user": "u", **asked})
     (request,) = loop.requests
     assert {name: getattr(request.params, name) for name in asked} == asked
     assert request.params.stop_token_ids == {9}
     assert before + 5 <= request.deadline <= time.monotonic() + 5
+
+
+def test_a_bias_reaches_the_engine_by_token_id(client: TestClient, loop: FakeLoop) -> None:
+    client.post("/generate", json={"prompt": "hi", "logit_bias": {"7": -100, "9": 2.5}})
+    client.post("/generate", json={"prompt": "hi", "logit_bias": None})
+    assert [request.params.logit_bias for request in loop.requests] == [((7, -100.0), (9, 2.5)), ()]
+
+
+def test_a_bias_for_a_token_that_the_model_has_not_is_refused(client: TestClient, frozen: FrozenModel) -> None:
+    found = error(client, prompt="hi", logit_bias={"3": 1, str(frozen.vocabulary_size): 1})
+    assert found["param"] == "logit_bias"
+    last = frozen.vocabulary_size - 1
+    assert found["message"] == f"logit_bias: token ids must be from 0 to {last}, got {frozen.vocabulary_size}"
+
+
+def test_min_tokens_hold_back_the_end_of_text_token_too(
+    client: TestClient, frozen: FrozenModel, loop: FakeLoop
+) -> None:
+    for options in ({}, {"min_tokens": 3}, {"min_tokens": 3, "ignore_eos": True}):
+        client.post("/generate", json={"prompt": "hi", "stop_token_ids": [9], **options})
+    eos = frozen.tokenizer.eos_token_id
+    assert [request.params.stop_token_ids for request in loop.requests] == [{9}, {9, eos}, {9}]
+
+
+def test_stop_strings_are_not_looked_for_within_min_tokens(client: TestClient) -> None:
+    before = len("Hällo wör".encode())
+    for min_tokens, text in ((before - 1, "Hällo "), (before, ANSWER)):
+        body = {"prompt": "hi", "stop": "wör", "min_tokens": min_tokens}
+        assert client.post("/generate", json=body).json()["text"] == text
+        assert "".join(event["text"] for event in events(client, **body)) == text
 
 
 @pytest.mark.parametrize(
@@ -202,6 +233,18 @@ def test_a_misspelt_field_is_refused_with_the_nearest(client: TestClient, field:
         ({"prompt": "x", "stop": [3]}, "stop"),
         ({"prompt": "x", "logprobs": 1000}, "logprobs"),
         ({"prompt": "x", "timeout_s": 0}, "timeout_s"),
+        ({"prompt": "x", "repetition_penalty": 0}, "repetition_penalty"),
+        ({"prompt": "x", "repetition_penalty": "1"}, "repetition_penalty"),
+        ({"prompt": "x", "presence_penalty": 3}, "presence_penalty"),
+        ({"prompt": "x", "frequency_penalty": -2.5}, "frequency_penalty"),
+        ({"prompt": "x", "logit_bias": [1]}, "logit_bias"),
+        ({"prompt": "x", "logit_bias": {"x": 1}}, "logit_bias"),
+        ({"prompt": "x", "logit_bias": {"5": "1"}}, "logit_bias"),
+        ({"prompt": "x", "logit_bias": {"5": None}}, "logit_bias"),
+        ({"prompt": "x", "logit_bias": {"5": 101}}, "logit_bias"),
+        ({"prompt": "x", "min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"prompt": "x", "min_tokens": -1}, "min_tokens"),
+        ({"prompt": "x", "min_tokens": 1.5}, "min_tokens"),
     ],
 )
 def test_a_bad_field_is_400_and_named(client: TestClient, body: dict[str, Any], param: str) -> None:
@@ -332,6 +375,13 @@ def test_a_million_wrong_items_do_not_keep_others_waiting(client: TestClient, bo
     reply = client.post("/generate", content=content, headers={"content-type": "application/json"})
     assert reply.status_code == 400
     assert time.monotonic() - begun < 5  # 16 s when each item gets an error of its own
+
+
+def test_a_bias_for_ever_so_many_tokens_does_not_keep_others_waiting(client: TestClient) -> None:
+    begun = time.monotonic()
+    found = error(client, prompt="x", logit_bias={str(token): "x" for token in range(250_000)})
+    assert found["message"] == "logit_bias must be at most 1024 token ids, got 250000"
+    assert time.monotonic() - begun < 5
 
 
 @pytest.mark.parametrize("path", ["/generate%0a", "/generate/", "/v1/prefixes/carroll%0a"])

@@ -32,8 +32,28 @@ def test_a_very_long_unknown_name_is_cut() -> None:
 
 def test_defaults_are_those_of_the_records() -> None:
     body, params = GenerateBody.model_validate({"prompt": "x"}), SamplingParams()
-    for name in ("temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos", "logprobs", "echo"):
+    shared = set(GenerateBody.model_fields) & {field.name for field in dataclasses.fields(SamplingParams)}
+    for name in shared - {"max_tokens", "stop", "stop_token_ids", "logit_bias"}:
         assert getattr(body, name) == getattr(params, name)
+    for name in ("stop", "stop_token_ids", "logit_bias"):
+        assert not getattr(body, name)
+        assert not getattr(params, name)
+
+
+def test_every_sampling_parameter_can_be_given() -> None:
+    assert {field.name for field in dataclasses.fields(SamplingParams)} <= set(GenerateBody.model_fields)
+
+
+def test_token_ids_of_a_bias_may_be_texts_or_numbers() -> None:
+    for biases in ({"5": 1, "0": -2.5}, {5: 1, 0: -2.5}):
+        assert GenerateBody.model_validate({"prompt": "x", "logit_bias": biases}).logit_bias == {5: 1.0, 0: -2.5}
+
+
+@pytest.mark.parametrize("key", ["", "x", "-1", "05", "5.0", " 5", "1_0", "٣", "9" * 11, "x" * 100_000])
+def test_what_is_no_token_id_is_no_key_of_a_bias(key: str) -> None:
+    with pytest.raises(InvalidRequest, match="logit_bias: keys must be token ids, got") as caught:
+        GenerateBody.model_validate({"prompt": "x", "logit_bias": {key: 1}})
+    assert len(caught.value.message) < 200
     assert TrainBody.model_validate({"examples": [{"prompt": "a", "completion": "b"}]}).options() == {}
 
 

@@ -17,6 +17,20 @@ from server.scheduler.sampling_params import SamplingParams
         ("top_p", 1.1),
         ("top_k", -1),
         ("min_p", 2.0),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", 101.0),
+        ("presence_penalty", 2.1),
+        ("presence_penalty", -2.1),
+        ("frequency_penalty", 2.1),
+        ("frequency_penalty", math.nan),
+        ("logit_bias", ((5, 100.5),)),
+        ("logit_bias", ((5, math.inf),)),
+        ("logit_bias", ((-1, 1.0),)),
+        ("logit_bias", ((2**63, 1.0),)),
+        ("logit_bias", tuple((token, 1.0) for token in range(1025))),
+        ("min_tokens", -1),
+        ("min_tokens", 129),
+        ("stop_token_ids", frozenset({2**63})),
         ("seed", 2**64),
         ("logprobs", 21),
         ("stop", ("",)),
@@ -27,6 +41,18 @@ def test_out_of_range_is_refused_by_name(field, value):
     with pytest.raises(InvalidRequest) as caught:
         SamplingParams(**{field: value})
     assert caught.value.param == field
+
+
+def test_the_ends_of_every_range_are_taken():
+    biases = tuple((token, 100.0 if token % 2 else -100.0) for token in range(1024))
+    SamplingParams(max_tokens=5, min_tokens=5, presence_penalty=-2.0, frequency_penalty=2.0, logit_bias=biases)
+    SamplingParams(repetition_penalty=0.01, logprobs=0, min_p=1.0, top_p=1.0)
+    SamplingParams(repetition_penalty=100.0, logprobs=20, seed=-(2**63))
+
+
+def test_too_many_min_tokens_are_refused_with_what_they_may_be():
+    with pytest.raises(InvalidRequest, match="min_tokens must be from 0 to max_tokens, which is 4, got 5"):
+        SamplingParams(max_tokens=4, min_tokens=5)
 
 
 @pytest.mark.parametrize(("temperature", "greedy"), [(0.0, True), (5e-324, True), (1e-300, True), (0.01, False)])

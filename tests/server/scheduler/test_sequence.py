@@ -1,10 +1,12 @@
+import pytest
+
 from server.scheduler.messages import GenerationRequest
 from server.scheduler.sampling_params import SamplingParams
 from server.scheduler.sequence import Sequence
 
 
-def sequence(seed: int, generated: int = 0) -> Sequence:
-    made = Sequence(GenerationRequest("r", "t", (5, 6), SamplingParams(max_tokens=10)), seed)
+def sequence(seed: int, generated: int = 0, **params) -> Sequence:
+    made = Sequence(GenerationRequest("r", "t", (5, 6), SamplingParams(max_tokens=10, **params)), seed)
     made.tokens.extend([7] * generated)
     return made
 
@@ -24,3 +26,29 @@ def test_negative_and_huge_seeds_draw_too():
 
 def test_the_last_token_is_never_computed():
     assert sequence(0).final_length == 2 + 10 - 1
+
+
+def test_occurrences_are_counted_on_as_the_answer_grows():
+    made = sequence(0, 2, repetition_penalty=1.2)
+    assert made.occurrences() == {5: 0, 6: 0, 7: 2}
+    made.tokens += [6, 7, 8]
+    assert made.occurrences() == made.occurrences() == {5: 0, 6: 1, 7: 3, 8: 1}
+
+
+def test_without_a_repetition_penalty_the_prompt_does_not_count():
+    assert sequence(0, 2, presence_penalty=1.0).occurrences() == {7: 2}
+
+
+@pytest.mark.parametrize(("generated", "forbidden"), [(0, {3, 4}), (2, {3, 4}), (3, set())])
+def test_stop_ids_are_forbidden_until_there_are_min_tokens(generated, forbidden):
+    assert sequence(0, generated, min_tokens=3, stop_token_ids=frozenset({3, 4})).forbidden == forbidden
+
+
+def test_a_row_without_options_is_not_adjusted():
+    assert not sequence(0, temperature=0.5, top_k=3, top_p=0.5, min_p=0.1, stop_token_ids=frozenset({3})).is_adjusted
+    assert not sequence(0, min_tokens=3).is_adjusted
+    for asked in ({"repetition_penalty": 0.9}, {"presence_penalty": 1.0}, {"frequency_penalty": -1.0}):
+        assert sequence(0, **asked).is_adjusted
+    assert sequence(0, logit_bias=((3, 1.0),)).is_adjusted
+    assert sequence(0, 2, min_tokens=3, stop_token_ids=frozenset({3})).is_adjusted
+    assert not sequence(0, 3, min_tokens=3, stop_token_ids=frozenset({3})).is_adjusted
