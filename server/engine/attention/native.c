@@ -1,7 +1,7 @@
 /* Attention of single queries over runs of slots, for native.py. Plain C: the compiler's vectorizer does the rest.
  *
- * Keys and values are [slots, kv_heads, size], float32, so that a run of slots is one stretch of memory, read once from
- * front to back for all heads. NaN and infinity pass through: a row that overflows must be seen to overflow.
+ * Keys and values are [slots, kv_heads, size], float32 or bfloat16, so that a run of slots is one stretch of memory, read
+ * once from front to back for all heads; all sums are float32. NaN and infinity pass through: a row that overflows must be seen to overflow.
  */
 #include <math.h>
 #include <stdint.h>
@@ -15,7 +15,7 @@ enum { AT_ONCE = 8 }; /* slots between two looks at another head: enough to keep
 typedef struct {
   const float *query; /* [rows, query_heads, size], any strides but the last */
   int64_t query_row, query_head;
-  const float *keys, *values;
+  const void *keys, *values;
   int64_t query_heads, kv_heads, size;
   float scale, softcap;
 } Layer;
@@ -38,70 +38,28 @@ static inline float exponential(float x) {
   return p * two.f;
 }
 
-/* scores[h][s] for all heads h and slots s, 0 <= s < count */
-static inline __attribute__((always_inline)) void score(
-    const Layer *l, const float *query, int64_t lo, int64_t count, float *scores, const int64_t size) {
-  const int64_t group = l->query_heads / l->kv_heads, step = l->kv_heads * size;
-  for (int64_t s0 = 0; s0 < count; s0 += AT_ONCE) {
-    const int64_t some = count - s0 < AT_ONCE ? count - s0 : AT_ONCE;
-    for (int64_t h = 0; h < l->query_heads; h++) {
-      const float *q = query + h * l->query_head, *k = l->keys + (lo + s0) * step + h / group * size;
-      for (int64_t s = 0; s < some; s++, k += step) {
-        float sum = 0;
-        for (int64_t d = 0; d < size; d++) sum += q[d] * k[d];
-        scores[h * count + s0 + s] = sum * l->scale;
-      }
-    }
-  }
+static inline float from_bfloat16(uint16_t x) {
+  union { uint32_t i; float f; } wide = {(uint32_t)x << 16};
+  return wide.f;
 }
 
-/* output[h] = sum over s of scores[h][s] * value[s] */
-static inline __attribute__((always_inline)) void gather(
-    const Layer *l, int64_t lo, int64_t count, const float *scores, float *output, const int64_t size) {
-  const int64_t group = l->query_heads / l->kv_heads, step = l->kv_heads * size;
-  memset(output, 0, sizeof(float) * l->query_heads * size);
-  for (int64_t s0 = 0; s0 < count; s0 += AT_ONCE) {
-    const int64_t some = count - s0 < AT_ONCE ? count - s0 : AT_ONCE;
-    for (int64_t h = 0; h < l->query_heads; h++) {
-      const float *v = l->values + (lo + s0) * step + h / group * size, *p = scores + h * count + s0;
-      float *o = output + h * size;
-      for (int64_t s = 0; s < some; s++, v += step)
-        for (int64_t d = 0; d < size; d++) o[d] += p[s] * v[d];
-    }
-  }
-}
+#define NUMBER float
+#define WIDEN(x) (x)
+#define NAMED(f) f##_float32
+#include "native_rows.h"
+#undef NUMBER
+#undef WIDEN
+#undef NAMED
 
-static inline __attribute__((always_inline)) void attend_sized(
-    const Layer *l, int64_t row, int64_t lo, int64_t count, float *scores, float *output, float *lse,
-    const int64_t size) {
-  score(l, l->query + row * l->query_row, lo, count, scores, size);
-  for (int64_t h = 0; h < l->query_heads; h++) {
-    float *s = scores + h * count, most = -INFINITY, sum = 0;
-    if (l->softcap > 0)
-      for (int64_t i = 0; i < count; i++) s[i] = l->softcap * tanhf(s[i] / l->softcap);
-    for (int64_t i = 0; i < count; i++) most = s[i] > most ? s[i] : most;
-    for (int64_t i = 0; i < count; i++) sum += s[i] = exponential(s[i] - most);
-    const float share = 1 / sum;
-    for (int64_t i = 0; i < count; i++) s[i] *= share;
-    lse[h] = most + logf(sum);
-  }
-  gather(l, lo, count, scores, output, size);
-}
-
-/* A size known at compile time is what makes the inner loops straight lines. */
-static void attend_row(const Layer *l, int64_t row, int64_t lo, int64_t count, float *scores, float *output, float *lse) {
-  switch (l->size) {
-    case 32: attend_sized(l, row, lo, count, scores, output, lse, 32); break;
-    case 64: attend_sized(l, row, lo, count, scores, output, lse, 64); break;
-    case 128: attend_sized(l, row, lo, count, scores, output, lse, 128); break;
-    default: attend_sized(l, row, lo, count, scores, output, lse, l->size);
-  }
-}
+#define NUMBER uint16_t
+#define WIDEN(x) from_bfloat16(x)
+#define NAMED(f) f##_bfloat16
+#include "native_rows.h"
 
 /* Does every item with at most `most_rows` queries that see all its slots. Outputs and lses are two each, own and
  * prefix, [rows, query_heads, size] and [rows, query_heads]. Returns 0, or 1 where memory ran out. */
 int antefix_attend(
-    const float *query, int64_t query_row, int64_t query_head, const float *keys, const float *values,
+    const float *query, int64_t query_row, int64_t query_head, const void *keys, const void *values, int is_bfloat16,
     int64_t query_heads, int64_t kv_heads, int64_t size, float scale, float softcap, const int64_t *work, int64_t items,
     int64_t most_rows, int64_t threads, float *own_output, float *own_lse, float *prefix_output, float *prefix_lse) {
   const Layer layer = {query, query_row, query_head, keys, values, query_heads, kv_heads, size, scale, softcap};
@@ -117,7 +75,7 @@ int antefix_attend(
     }
     float *output = item[PART] ? prefix_output : own_output, *lse = item[PART] ? prefix_lse : own_lse;
     for (int64_t row = item[Q_LO]; row < item[Q_HI]; row++)
-      attend_row(
+      (is_bfloat16 ? attend_row_bfloat16 : attend_row_float32)(
           &layer, row, item[KV_LO], count, scores, output + row * query_heads * size, lse + row * query_heads);
     free(scores);
   }

@@ -22,7 +22,9 @@ import torch
 from server.engine.attention import cpu, segments
 from server.engine.attention.work import FIELDS, Mask, Part, WorkItem
 
-SOURCE = Path(__file__).with_name("native.c")
+FOLDER = Path(__file__).parent
+SOURCES = ("native.c", "native_rows.h")
+DTYPES = (torch.float32, torch.bfloat16)
 COMPILERS = ("cc", "gcc", "clang")
 # What -ffast-math has and NaN survives: sums in any order, and no errno.
 FLAGS = (
@@ -53,7 +55,7 @@ def attend(
 
 def is_available(dtype: torch.dtype) -> bool:
     """Whether this machine can run it, for keys and values of that dtype."""
-    return dtype is torch.float32 and _library() is not None
+    return dtype in DTYPES and _library() is not None
 
 
 def _attend(
@@ -66,13 +68,15 @@ def _attend(
     scale: float,
     softcap: float,
 ) -> torch.Tensor:
-    if query.dtype is not torch.float32 or query.stride(2) != 1:
-        query = query.float().contiguous()
+    dtype, query = query.dtype, query.float()  # the same tensor where it is float32 already
+    if query.stride(2) != 1:
+        query = query.contiguous()
     own, prefix = torch.empty(query.shape), torch.empty(query.shape)
     own_lse, prefix_lse = torch.empty(query.shape[:2]), torch.full(query.shape[:2], -torch.inf)
     threads = torch.get_num_threads()
     failed = library.antefix_attend(
-        _at(query), query.stride(0), query.stride(1), _at(keys), _at(values), query.shape[1], *keys.shape[1:],
+        _at(query), query.stride(0), query.stride(1), _at(keys), _at(values), keys.dtype is torch.bfloat16,
+        query.shape[1], *keys.shape[1:],
         scale, softcap, _at(work), len(work), MOST_ROWS, threads, _at(own), _at(own_lse), _at(prefix), _at(prefix_lse),
     )  # fmt: skip
     if failed:
@@ -80,14 +84,14 @@ def _attend(
     for item in _left(work):
         rows, slots = slice(item.q_lo, item.q_hi), slice(item.kv_lo, item.kv_hi)
         partial, total = cpu.attend_item(
-            query[rows], keys[slots], values[slots], item, window=window, scale=scale, softcap=softcap
+            query[rows].to(dtype), keys[slots], values[slots], item, window=window, scale=scale, softcap=softcap
         )
         output, lse = (prefix, prefix_lse) if item.part is Part.PREFIX else (own, own_lse)
         output[rows], lse[rows] = partial, total
     library.antefix_merge(
         _at(own), _at(own_lse), _at(prefix), _at(prefix_lse), own_lse.numel(), query.shape[2], threads
     )
-    return own
+    return own.to(dtype)
 
 
 def _left(work: torch.Tensor) -> list[WorkItem]:
@@ -113,8 +117,8 @@ def _library() -> ctypes.CDLL | None:
         return None
     number, pointer, real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
     library.antefix_attend.argtypes = [
-        pointer, number, number, pointer, pointer, number, number, number, real, real, pointer, number, number, number,
-        *[pointer] * 4,
+        pointer, number, number, pointer, pointer, ctypes.c_int, number, number, number, real, real, pointer, number,
+        number, number, *[pointer] * 4,
     ]  # fmt: skip
     library.antefix_merge.argtypes = [*[pointer] * 4, number, number, number]
     return library if _agrees(library) else None
@@ -139,7 +143,8 @@ def _compiled() -> Path | None:
     if compiler is None:
         return None
     # -march=native means another file on another kind of processor, and a home folder may be shared between machines
-    kind = f"{SOURCE.read_text()}{FLAGS}{compiler}{platform.machine()}{_processor()}"
+    text = "".join((FOLDER / name).read_text("utf-8") for name in SOURCES)
+    kind = f"{text}{FLAGS}{compiler}{platform.machine()}{_processor()}"
     path = _cache() / f"attention-{hashlib.sha256(kind.encode()).hexdigest()[:16]}.so"
     if path.exists():
         return path
@@ -147,7 +152,7 @@ def _compiled() -> Path | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / "made.so"
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
+            command = [compiler, *FLAGS, str(FOLDER / SOURCES[0]), "-o", str(made), "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_SECONDS)
             os.replace(made, path)
     except (OSError, subprocess.SubprocessError):

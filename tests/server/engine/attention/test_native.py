@@ -59,6 +59,16 @@ def test_scores_far_apart_and_far_from_zero(numbers):
     assert float((got - expected).abs().max()) < 1e-4
 
 
+def test_half_precision_keys_are_read_as_what_they_are(numbers):
+    query, *kv = numbers
+    keys, values = (part.bfloat16() for part in kv)
+    exact = run(query, keys.float(), values.float())
+    assert float((run(query, keys, values) - exact).abs().max()) < 1e-6
+    rounded = run(query.bfloat16(), keys, values)
+    assert rounded.dtype is torch.bfloat16
+    assert 0 < float((rounded.float() - exact).abs().max()) < 0.05
+
+
 def test_without_a_compiler_torchs_kernel_serves(monkeypatch, tmp_path):
     from server.engine import engine
 
