@@ -32,7 +32,7 @@ COUNTERS = {
     "prefix_cache_hits": ("prefix_hits", "Requests whose prefix was in the KV pool"),
     "prefix_cache_misses": ("prefix_misses", "Requests whose prefix had to be brought into the KV pool"),
     "prefix_cache_evictions": ("prefix_evictions", "Prefixes that gave their slots back"),
-    "num_preemptions": ("preemptions", "Sequences sent back to the queue for want of slots"),
+    "num_preemptions": ("preemptions", "Sequences sent back to the queue, for want of slots or for another tenant"),
 }
 
 

@@ -1,20 +1,21 @@
-"""Sequences that wait for room, first come first served."""
+"""Sequences that wait for room: a line for each tenant, first come first served within it."""
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterator
 
 from prefix_store.errors import Overloaded
 from server.scheduler.sequence import Sequence
+from server.scheduler.service import Service
 
 
-class WaitingQueue:
-    """A bounded queue; what was preempted goes back to the front and is never refused."""
+class Line:
+    """One tenant's waiting sequences, first come first served."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._queue: deque[Sequence] = deque()
+    def __init__(self, tenant: str) -> None:
+        self.tenant = tenant
+        self._queue: OrderedDict[Sequence, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -22,24 +23,89 @@ class WaitingQueue:
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._queue)
 
+    @property
+    def first(self) -> Sequence:
+        """Who is next in this line."""
+        return next(iter(self._queue))
+
     def push(self, sequence: Sequence) -> None:
-        """Adds at the end. Raises Overloaded when full."""
-        if len(self._queue) >= self._limit:
-            raise Overloaded(f"{len(self._queue)} requests are waiting already; try again later")
-        self._queue.append(sequence)
+        """Adds at the end."""
+        self._queue[sequence] = None
 
     def push_front(self, sequence: Sequence) -> None:
-        """Adds a preempted sequence before all others."""
-        self._queue.appendleft(sequence)
+        """Adds before all others."""
+        self._queue[sequence] = None
+        self._queue.move_to_end(sequence, last=False)
 
-    def peek(self) -> Sequence | None:
-        """The next one, left in place."""
-        return self._queue[0] if self._queue else None
+    def remove(self, sequence: Sequence) -> None:
+        """Takes one out, wherever it stands."""
+        del self._queue[sequence]
 
-    def pop(self) -> Sequence:
-        """Takes the next one."""
-        return self._queue.popleft()
+
+class WaitingQueue:
+    """A bounded queue; what was preempted goes back to the front of its tenant's line and is never refused.
+
+    Once `limit` sequences wait, only a tenant with fewer than its equal share of that many places gets in. So one
+    tenant's flood is no other's refusal, and the queue of n tenants is never longer than limit × (1 + 1/2 + … + 1/n).
+
+    A tenant that begins to wait is lifted to the least counter among those that wait already, or, if nobody does, to
+    that of the last tenant that did: credit is not saved up while idle.
+    """
+
+    def __init__(self, limit: int, service: Service) -> None:
+        self._limit = limit
+        self._service = service
+        self._lines: dict[str, Line] = {}
+        self._last_tenant: str | None = None
+
+    def __len__(self) -> int:
+        return sum(len(line) for line in self._lines.values())
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return (sequence for line in self._lines.values() for sequence in line)
+
+    @property
+    def lines(self) -> list[Line]:
+        """Those with somebody in them, by when their tenant began to wait."""
+        return list(self._lines.values())
+
+    def push(self, sequence: Sequence) -> None:
+        """Adds at the end of its tenant's line. Raises Overloaded when full."""
+        tenant = sequence.request.tenant
+        waiting, own = len(self), len(self._lines.get(tenant, ()))
+        tenants = len(self._lines.keys() | {tenant})
+        if waiting >= self._limit and own >= max(1, self._limit // tenants):
+            yours = f", {own} of them yours" if own < waiting else ""
+            raise Overloaded(f"{waiting} requests are waiting already{yours}; try again later")
+        self._line(tenant).push(sequence)
+
+    def push_front(self, sequence: Sequence) -> None:
+        """Adds a preempted sequence before all others of its tenant."""
+        self._line(sequence.request.tenant).push_front(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Takes that one out."""
-        self._queue.remove(sequence)
+        tenant = sequence.request.tenant
+        line = self._lines[tenant]
+        line.remove(sequence)
+        if not line:
+            del self._lines[tenant]
+            self._last_tenant = tenant
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless every line is its tenant's own and has somebody in it."""
+        for tenant, line in self._lines.items():
+            assert len(line) > 0, f"an empty line of {tenant}"
+            assert all(sequence.request.tenant == tenant for sequence in line), f"a stranger in the line of {tenant}"
+
+    def _line(self, tenant: str) -> Line:
+        line = self._lines.get(tenant)
+        if line is None:
+            self._service.lift(tenant, self._level())
+            line = self._lines[tenant] = Line(tenant)
+        return line
+
+    def _level(self) -> int:
+        if self._lines:
+            return min(self._service.received(tenant) for tenant in self._lines)
+        return self._service.received(self._last_tenant) if self._last_tenant is not None else 0

@@ -1,0 +1,37 @@
+"""The sizes of an engine, and which requests fit them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prefix_store.errors import ContextLengthExceeded, InvalidRequest
+from server.scheduler.messages import GenerationRequest
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes of an engine. `context_length` counts virtual, prompt and generated tokens together."""
+
+    slots: int
+    rows: int
+    step_tokens: int
+    context_length: int
+    waiting: int
+
+
+def check_fits(request: GenerationRequest, limits: Limits) -> None:
+    """Raises ContextLengthExceeded or InvalidRequest for a request that could never run."""
+    virtual = request.prefix.virtual_tokens if request.prefix is not None else 0
+    prompt, new = len(request.prompt_ids), request.params.max_tokens
+    if not request.prompt_ids:
+        raise InvalidRequest("the prompt is empty: at least one token is needed", param="prompt")
+    if virtual + prompt + new > limits.context_length:
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {limits.context_length} tokens; the request needs "
+            f"{virtual + prompt + new}: {virtual} of the prefix, {prompt} of the prompt and {new} of max_tokens",
+            param="max_tokens",
+        )
+    if virtual + prompt + new > limits.slots:
+        raise InvalidRequest(
+            f"the request needs {virtual + prompt + new} KV slots, this server has {limits.slots}", param="max_tokens"
+        )

@@ -1,0 +1,118 @@
+"""Where a sequence's tokens go: slots of its own, beside a prefix that is resident once for all its readers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from server.scheduler.messages import PrefixPayload
+from server.scheduler.plan import Load, Move
+from server.scheduler.residency import Residency, Resident
+from server.scheduler.sequence import Sequence
+from server.scheduler.slots import Extent, SlotAllocator
+
+
+class Space:
+    """The slots and the residents, and the transfers that the next step has to make for them."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = SlotAllocator(slots)
+        self.residency = Residency(self.slots)
+        self._transfers: list[Load | Move] = []
+
+    def take_transfers(self) -> tuple[Load | Move, ...]:
+        """What has to be copied since the last time this was asked, in order."""
+        transfers, self._transfers = tuple(self._transfers), []
+        return transfers
+
+    def place(self, sequence: Sequence, size: int) -> bool:
+        """Finds `size` own slots for a sequence, and its prefix's; False, with nothing held, if there are none."""
+        payload = sequence.request.prefix
+        resident = self._pin(payload) if payload is not None else None
+        if payload is not None and resident is None:
+            return False
+        extent = self._allocate(size)
+        if extent is None:
+            if resident is not None:
+                self.residency.unpin(resident)
+            return False
+        sequence.resident, sequence.extent = resident, extent
+        if resident is not None:
+            self.residency.count_start(resident)
+        return True
+
+    def grow(self, sequence: Sequence) -> bool:
+        """Sees to a slot for the sequence's next token, in place or elsewhere; False if there is none."""
+        extent = sequence.extent
+        assert extent is not None
+        if sequence.computed < extent.size:
+            return True
+        size = min(2 * extent.size, sequence.final_length)
+        grown = self.slots.grow(extent, size)
+        if grown is None:
+            grown = self._allocate(size)
+            if grown is None:
+                return False
+            self._transfers.append(Move(extent, grown, sequence.computed))
+            self.slots.release(extent)
+        sequence.extent = grown
+        return True
+
+    def vacate(self, sequence: Sequence) -> None:
+        """Gives a sequence's slots back and lets go of its prefix."""
+        if sequence.extent is not None:
+            self.slots.release(sequence.extent)
+        if sequence.resident is not None:
+            self.residency.unpin(sequence.resident)
+        sequence.extent = sequence.resident = None
+
+    def would_fit(self, sequence: Sequence, size: int, leaving: Iterable[Sequence]) -> bool:
+        """Whether a sequence and its prefix fit side by side for sure once others have left and idle prefixes too."""
+        own = self._missing(sequence)
+        digest = sequence.request.prefix.digest if sequence.request.prefix is not None else None
+        readers = Counter(other.resident.payload.digest for other in leaving if other.resident is not None)
+        freed = [other.extent for other in leaving if other.extent is not None]
+        for resident in self.residency.residents():
+            if resident.payload.digest != digest and resident.pins == readers[resident.payload.digest]:
+                freed.append(resident.extent)
+        return self.slots.longest_run(freed) >= own + size
+
+    def make_run(self, sequence: Sequence, size: int) -> None:
+        """Evicts idle prefixes until there is one free run for what `would_fit`; then `place` cannot fail."""
+        if missing := self._missing(sequence):
+            extent = self._allocate(missing + size)
+            assert extent is not None, "it was said to fit"
+            self.slots.release(extent)
+
+    def check_integrity(self, readers: list[Sequence]) -> None:
+        """Raises AssertionError unless every slot is free or held by exactly one owner, and pins equal readers."""
+        self.slots.check_integrity()
+        residents = self.residency.residents()
+        owners = [reader.extent.size for reader in readers if reader.extent] + [r.extent.size for r in residents]
+        assert sum(owners) == self.slots.used, "slots are held that nobody owns"
+        for resident in residents:
+            pins = sum(reader.resident is resident for reader in readers)
+            assert resident.pins == pins, f"{resident.pins} pins, {pins} readers"
+
+    def _missing(self, sequence: Sequence) -> int:
+        """Slots that the sequence's prefix would have to be brought into."""
+        payload = sequence.request.prefix
+        if payload is None or any(resident.payload.digest == payload.digest for resident in self.residency.residents()):
+            return 0
+        return payload.virtual_tokens
+
+    def _pin(self, payload: PrefixPayload) -> Resident | None:
+        resident = self.residency.pin(payload.digest)
+        if resident is None and (extent := self._allocate(payload.virtual_tokens)) is not None:
+            resident = self.residency.admit(payload, extent)
+            self._transfers.append(Load(payload, extent))
+        return resident
+
+    def _allocate(self, size: int) -> Extent | None:
+        """Slots, at the cost of idle prefixes if that helps; evicting them for nothing would only load them again."""
+        extent = self.slots.allocate(size)
+        if extent is None and self.slots.longest_run(self.residency.idle_extents()) < size:
+            return None
+        while extent is None and self.residency.evict_one():
+            extent = self.slots.allocate(size)
+        return extent

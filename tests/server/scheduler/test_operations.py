@@ -1,0 +1,128 @@
+"""Any order of operations leaves the scheduler in order: slots, prefixes, lines, counters."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from prefix_store.errors import Overloaded
+from server.scheduler.limits import Limits
+from server.scheduler.messages import FinishReason, GenerationRequest, PrefixPayload
+from server.scheduler.plan import RowResult
+from server.scheduler.sampling_params import SamplingParams
+from server.scheduler.scheduler import Scheduler
+from tests.server.scheduler.traffic import EOS
+
+TENANTS = "abcd"
+PREFIXES = [None, *(PrefixPayload(f"d{length}", length, length, True, None) for length in (1, 6, 17, 30))]
+
+
+class Operations(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.made = 0
+        self.unanswered: set[str] = set()
+
+    @initialize(
+        slots=st.integers(100, 180),
+        rows=st.integers(1, 8),
+        step_tokens=st.integers(1, 40),
+        waiting=st.integers(1, 12),
+        headroom=st.sampled_from([1, 4, 64]),
+    )
+    def start(self, slots: int, rows: int, step_tokens: int, waiting: int, headroom: int) -> None:
+        self.patch = mock.patch("server.scheduler.scheduler.HEADROOM", headroom)
+        self.patch.start()
+        self.scheduler = Scheduler(Limits(slots, rows, step_tokens, 100, waiting), frozenset({EOS}), lambda: self.now)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(3000):
+            if not self.unanswered:
+                break
+            self.step(set())
+            self.scheduler.check_integrity()
+        assert not self.unanswered, "somebody is never served"
+        assert self.scheduler.slots.used == sum(r.extent.size for r in self.scheduler.residency.residents())
+        self.patch.stop()
+
+    @rule(
+        tenant=st.sampled_from(TENANTS),
+        prompt=st.integers(1, 40),
+        new=st.integers(1, 25),
+        prefix=st.sampled_from(PREFIXES),
+        lasts=st.none() | st.integers(1, 20),
+        times=st.sampled_from([1, 1, 5]),
+    )
+    def add(
+        self, tenant: str, prompt: int, new: int, prefix: PrefixPayload | None, lasts: int | None, times: int
+    ) -> None:
+        for _ in range(times):
+            name = f"{self.made}"
+            deadline = self.now + lasts if lasts is not None else None
+            request = GenerationRequest(
+                name, tenant, tuple(range(prompt)), SamplingParams(max_tokens=new), prefix, deadline
+            )
+            waiting = [sequence.request.tenant for sequence in self.scheduler.waiting]
+            self.made += 1
+            try:
+                self.scheduler.add(request, seed=0)
+                self.unanswered.add(name)
+            except Overloaded:
+                assert len(waiting) >= self.scheduler.limits.waiting
+                assert tenant in waiting, "refused because of others"
+
+    @rule(unlucky=st.sets(st.integers(0, 7), max_size=2))
+    def step(self, unlucky: set[int]) -> None:
+        self.now += 1.0
+        self.answer(self.scheduler.expire())
+        plan = self.scheduler.schedule()
+        assert bool(plan.rows) == bool(self.unanswered)
+        assert sum(row.count for row in plan.rows) <= self.scheduler.limits.step_tokens
+        assert len({row.sequence for row in plan.rows}) == len(plan.rows)
+        assert all(row.sequence in self.scheduler.running and row.count > 0 for row in plan.rows)
+        assert all(row.start + row.count <= row.sequence.extent.size for row in plan.rows)
+        self.answer(self.scheduler.commit(plan, [self.result(row, i, unlucky) for i, row in enumerate(plan.rows)]))
+
+    @rule(index=st.integers(0, 200))
+    def abort(self, index: int) -> None:
+        event = self.scheduler.abort(f"{index}", FinishReason.ABORT)
+        assert (event is not None) == (f"{index}" in self.unanswered)
+        self.answer([event] if event is not None else [])
+
+    @precondition(lambda self: self.made > 20)
+    @rule()
+    def break_down(self) -> None:
+        self.answer(self.scheduler.fail_running("broken"))
+        assert not self.scheduler.running
+
+    @invariant()
+    def in_order(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        self.scheduler.check_integrity()
+        limit = self.scheduler.limits.waiting
+        most = limit + sum(max(1, limit // place) for place in range(2, len(TENANTS) + 1))
+        assert len(self.scheduler.waiting) <= most + self.scheduler.preemptions
+
+    def result(self, row, index: int, unlucky: set[int]) -> RowResult:
+        if index in unlucky:
+            return RowResult(error="overflow") if index % 2 else RowResult(EOS if row.samples else None)
+        return RowResult(7 if row.samples else None)
+
+    def answer(self, events) -> None:
+        for event in events:
+            assert event.request_id in self.unanswered
+            if event.finish_reason is not None:
+                self.unanswered.remove(event.request_id)
+
+
+TestOperations = Operations.TestCase
+TestOperations.settings = settings(
+    max_examples=60, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+)

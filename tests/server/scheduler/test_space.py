@@ -1,0 +1,79 @@
+import random
+
+import pytest
+
+from server.scheduler.messages import PrefixPayload
+from server.scheduler.plan import Load, Move
+from server.scheduler.sequence import Sequence
+from server.scheduler.space import Space
+from tests.server.scheduler.traffic import make_request
+
+PREFIXES = [PrefixPayload(f"d{length}", length, length, True, None) for length in (2, 5, 9, 14)]
+
+
+def sequence(prompt: int = 4, new: int = 9, prefix: PrefixPayload | None = None) -> Sequence:
+    return Sequence(make_request("a", "r", prompt, new, prefix), seed=0)
+
+
+def test_what_does_not_fit_holds_nothing():
+    space = Space(10)
+    assert not space.place(sequence(prefix=PREFIXES[1]), 6)
+    assert space.slots.used == 5  # the prefix stays, and nobody reads it
+    space.check_integrity([])
+    assert space.place(sequence(), 6)
+    assert space.residency.evictions == 1
+
+
+def test_growth_is_in_place_or_a_move():
+    space = Space(20)
+    first, second = sequence(), sequence()
+    assert space.place(first, 4)
+    assert space.place(second, 4)
+    first.computed = second.computed = 4
+    assert space.grow(second)
+    assert space.take_transfers() == ()
+    assert space.grow(first)
+    (move,) = space.take_transfers()
+    assert isinstance(move, Move)
+    assert (first.extent.size, second.extent.size) == (8, 8)
+    first.computed = 8
+    assert not space.grow(first)
+    space.check_integrity([first, second])
+
+
+def test_a_prefix_is_loaded_once():
+    space = Space(30)
+    first, second = sequence(prefix=PREFIXES[2]), sequence(prefix=PREFIXES[2])
+    assert space.place(first, 4)
+    assert space.place(second, 4)
+    assert [type(transfer) for transfer in space.take_transfers()] == [Load]
+    assert space.take_transfers() == ()
+
+
+def test_the_integrity_check_can_fail():
+    space, placed = Space(10), sequence()
+    space.place(placed, 4)
+    with pytest.raises(AssertionError, match="nobody owns"):
+        space.check_integrity([])
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_what_would_fit_does(seed):
+    draw = random.Random(seed)
+    space, placed = Space(60), []
+    for _ in range(40):
+        made = sequence(prefix=draw.choice([None, *PREFIXES]))
+        if space.place(made, draw.randint(1, 12)):
+            placed.append(made)
+        if placed and draw.random() < 0.4:
+            space.vacate(placed.pop(draw.randrange(len(placed))))
+    leaving = [made for made in placed if draw.random() < 0.6]
+    wanting = sequence(prefix=draw.choice([None, *PREFIXES]))
+    size = next((size for size in range(60, 0, -1) if space.would_fit(wanting, size, leaving)), None)
+    if size is None:
+        return
+    for made in leaving:
+        space.vacate(made)
+    space.make_run(wanting, size)
+    assert space.place(wanting, size)
+    space.check_integrity([wanting, *(made for made in placed if made not in leaving)])
