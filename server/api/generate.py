@@ -24,7 +24,6 @@ from server.api.prompts import Prompt
 from server.api.references import ServedPrefix
 from server.api.schemas import GenerateBody
 from server.api.services import Services, Serving
-from server.engine.engine import eos_ids
 from server.scheduler.messages import FinishReason, GenerationRequest
 from server.scheduler.sampling_params import SamplingParams
 
@@ -110,7 +109,7 @@ def _sampling(body: GenerateBody, frozen: FrozenModel, taken: int) -> SamplingPa
         logit_bias=_logit_bias(body, frozen),
         seed=body.seed,
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop),
-        stop_token_ids=_stop_token_ids(body, frozen),
+        stop_token_ids=frozenset(body.stop_token_ids),
         min_tokens=body.min_tokens,
         ignore_eos=body.ignore_eos,
         logprobs=body.logprobs,
@@ -124,12 +123,6 @@ def _logit_bias(body: GenerateBody, frozen: FrozenModel) -> tuple[tuple[int, flo
         odd = max(body.logit_bias)
         raise InvalidRequest(f"logit_bias: token ids must be from 0 to {last}, got {odd}", param="logit_bias")
     return tuple(body.logit_bias.items())
-
-
-def _stop_token_ids(body: GenerateBody, frozen: FrozenModel) -> frozenset[int]:
-    """What ends an answer. The engine knows the model's own, but `min_tokens` holds back only what is named here."""
-    named = frozenset(body.stop_token_ids)
-    return named if body.ignore_eos or body.min_tokens == 0 else named | eos_ids(frozen)
 
 
 def _row(request: GenerationRequest, index: int) -> GenerationRequest:

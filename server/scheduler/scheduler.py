@@ -54,7 +54,7 @@ class Scheduler:
         check_fits(request, self.limits)
         if request.id in self._sequences:
             raise KeyError(f"{request.id} is in flight already")
-        sequence = Sequence(request, seed)
+        sequence = Sequence(request, seed, self._eos_ids)
         self.waiting.push(sequence)
         self._sequences[request.id] = sequence
 
@@ -237,10 +237,9 @@ class Scheduler:
         )
 
     def _reason_to_stop(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        params = sequence.request.params
-        if token_id in params.stop_token_ids or (token_id in self._eos_ids and not params.ignore_eos):
+        if token_id in sequence.end_ids:
             return FinishReason.STOP
-        return FinishReason.LENGTH if sequence.generated + 1 >= params.max_tokens else None
+        return FinishReason.LENGTH if sequence.generated + 1 >= sequence.request.params.max_tokens else None
 
 
 def _size(sequence: Sequence) -> int:

@@ -22,6 +22,7 @@ class Sequence:
 
     request: GenerationRequest
     seed: int
+    eos_ids: frozenset[int] = frozenset()  # the model's own ends of a text
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
     extent: Extent | None = None
@@ -33,6 +34,8 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)
+        params = self.request.params
+        self.end_ids = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | self.eos_ids
 
     @property
     def prompt_length(self) -> int:
@@ -58,7 +61,7 @@ class Sequence:
     def forbidden(self) -> frozenset[int]:
         """Token ids that may not come next: those that would end the answer before `min_tokens`."""
         params = self.request.params
-        return params.stop_token_ids if self.generated < params.min_tokens else frozenset()
+        return self.end_ids if self.generated < params.min_tokens else frozenset()
 
     @property
     def is_adjusted(self) -> bool:

@@ -102,7 +102,7 @@ def test_virtual_tokens_of_a_prefix_are_not_penalised(served, plain):
 def test_the_end_of_text_does_not_come_before_min_tokens(served, plain):
     """A bias makes every row want to end at once; the reference is transformers' `sequence_bias`, `min_new_tokens`."""
     engine = make_engine(served)
-    ends = {"stop_token_ids": frozenset({EOS}), "logit_bias": ((EOS, 100.0),), "temperature": 0.0}
+    ends = {"logit_bias": ((EOS, 100.0),), "temperature": 0.0}
     made = [request(str(count), PROMPTS[0], min_tokens=count, **ends) for count in (0, 1, 7, NEW)]
     tokens = run(engine, *made)
     bias = [[[EOS], 100.0]]

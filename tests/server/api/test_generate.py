@@ -182,15 +182,6 @@ def test_a_bias_for_a_token_that_the_model_has_not_is_refused(client: TestClient
     assert found["message"] == f"logit_bias: token ids must be from 0 to {last}, got {frozen.vocabulary_size}"
 
 
-def test_min_tokens_hold_back_the_end_of_text_token_too(
-    client: TestClient, frozen: FrozenModel, loop: FakeLoop
-) -> None:
-    for options in ({}, {"min_tokens": 3}, {"min_tokens": 3, "ignore_eos": True}):
-        client.post("/generate", json={"prompt": "hi", "stop_token_ids": [9], **options})
-    eos = frozen.tokenizer.eos_token_id
-    assert [request.params.stop_token_ids for request in loop.requests] == [{9}, {9, eos}, {9}]
-
-
 def test_stop_strings_are_not_looked_for_within_min_tokens(client: TestClient) -> None:
     before = len("Hällo wör".encode())
     for min_tokens, text in ((before - 1, "Hällo "), (before, ANSWER)):

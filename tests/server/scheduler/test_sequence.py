@@ -39,6 +39,12 @@ def test_without_a_repetition_penalty_the_prompt_does_not_count():
     assert sequence(0, 2, presence_penalty=1.0).occurrences() == {7: 2}
 
 
+def test_the_models_own_ends_are_forbidden_too_unless_they_are_ignored():
+    for ignore_eos, expected in ((False, {2, 3}), (True, {3})):
+        params = SamplingParams(min_tokens=1, stop_token_ids=frozenset({3}), ignore_eos=ignore_eos)
+        assert Sequence(GenerationRequest("r", "t", (5,), params), 0, frozenset({2})).forbidden == expected
+
+
 @pytest.mark.parametrize(("generated", "forbidden"), [(0, {3, 4}), (2, {3, 4}), (3, set())])
 def test_stop_ids_are_forbidden_until_there_are_min_tokens(generated, forbidden):
     assert sequence(0, generated, min_tokens=3, stop_token_ids=frozenset({3, 4})).forbidden == forbidden
