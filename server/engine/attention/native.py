@@ -68,7 +68,7 @@ def _attend(
     scale: float,
     softcap: float,
 ) -> torch.Tensor:
-    dtype, query = query.dtype, query.float()  # the same tensor where it is float32 already
+    asked, query = query, query.float()  # the same tensor where it is float32 already
     if query.stride(2) != 1:
         query = query.contiguous()
     own, prefix = torch.empty(query.shape), torch.empty(query.shape)
@@ -81,17 +81,13 @@ def _attend(
     )  # fmt: skip
     if failed:
         raise MemoryError("no memory for attention scores")
+    targets = {Part.OWN: (own, own_lse), Part.PREFIX: (prefix, prefix_lse)}
     for item in _left(work):
-        rows, slots = slice(item.q_lo, item.q_hi), slice(item.kv_lo, item.kv_hi)
-        partial, total = cpu.attend_item(
-            query[rows].to(dtype), keys[slots], values[slots], item, window=window, scale=scale, softcap=softcap
-        )
-        output, lse = (prefix, prefix_lse) if item.part is Part.PREFIX else (own, own_lse)
-        output[rows], lse[rows] = partial, total
+        segments.fill(targets, cpu.attend_item, asked, keys, values, item, window=window, scale=scale, softcap=softcap)
     library.antefix_merge(
         _at(own), _at(own_lse), _at(prefix), _at(prefix_lse), own_lse.numel(), query.shape[2], threads
     )
-    return own.to(dtype)
+    return own.to(asked.dtype)
 
 
 def _left(work: torch.Tensor) -> list[WorkItem]:

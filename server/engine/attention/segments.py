@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 
 from server.engine.attention.work import Part, WorkItem
+
+# Outputs `[T, Hq, D]` and log-sum-exps `[T, Hq]`, by part.
+Targets = Mapping[Part, tuple[torch.Tensor, torch.Tensor]]
 
 
 class AttendItem(Protocol):
@@ -47,14 +51,23 @@ def attend(
     prefix_output, prefix_lse = torch.zeros_like(query), torch.full_like(lse, -torch.inf)
     targets = {Part.OWN: (output, lse), Part.PREFIX: (prefix_output, prefix_lse)}
     for item in WorkItem.read(work.tolist()):
-        rows, slots = slice(item.q_lo, item.q_hi), slice(item.kv_lo, item.kv_hi)
-        partial, total = attend_item(
-            query[rows], keys[slots], values[slots], item, window=window, scale=scale, softcap=softcap
-        )
-        into_output, into_lse = targets[item.part]
-        into_output[rows] = partial
-        into_lse[rows] = total
+        fill(targets, attend_item, query, keys, values, item, window=window, scale=scale, softcap=softcap)
     return merge(output, lse, prefix_output, prefix_lse)
+
+
+def fill(
+    targets: Targets,
+    attend_item: AttendItem,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    item: WorkItem,
+    **options: Any,
+) -> None:
+    """Puts one item's partial result where its part is gathered; `options` are `attend_item`'s."""
+    rows, slots = slice(item.q_lo, item.q_hi), slice(item.kv_lo, item.kv_hi)
+    output, lse = targets[item.part]
+    output[rows], lse[rows] = attend_item(query[rows], keys[slots], values[slots], item, **options)
 
 
 def merge(output: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> torch.Tensor:
