@@ -13,7 +13,7 @@ from rich.progress import track
 
 from server.scheduler.sampling_params import SamplingParams
 from tests.prove.bundled import DATA, Bench, load
-from trainer import corpus, records
+from trainer.bundled import corpus, records
 
 SECTION = "model"
 CONTINUATIONS, OPENING, LENGTH = 100, 12, 64  # how many, words given, tokens written

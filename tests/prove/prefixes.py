@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.prove.bundled import DATA, Bench
-from trainer import bundled_data
+from trainer.bundled import prefix_data
 from trainer.data import tokenize
 
 SECTION = "prefixes"
@@ -21,8 +21,8 @@ def run() -> dict[str, Any]:
     """Bits per byte of every prefix's held-out rows under every prefix and none, by the serving engine."""
     bench = Bench()
     with tempfile.TemporaryDirectory() as folder:
-        bundled_data.write(DATA, Path(folder))
-        rows = {prefix.name: _rows(Path(folder) / prefix.name) for prefix in bundled_data.PREFIXES}
+        prefix_data.write(DATA, Path(folder))
+        rows = {prefix.name: _rows(Path(folder) / prefix.name) for prefix in prefix_data.PREFIXES}
     payloads = {**bench.prefixes(), NONE: None}
     matrix = {}
     for text, held_out in rows.items():

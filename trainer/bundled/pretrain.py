@@ -1,6 +1,6 @@
-"""Pretrains the small embedded default model: `python -m trainer.pretrain --corpus FOLDER --out FOLDER`.
+"""Pretrains the small embedded default model: `python -m trainer.bundled.pretrain --corpus FOLDER --out FOLDER`.
 
-The recipe is `trainer/recipe.py`. A run is bounded by minutes of training (or by steps), keeps its checkpoint
+The recipe is `trainer/bundled/recipe.py`. A run is bounded by minutes of training (or by steps), keeps its checkpoint
 outside the tree, goes on from it when started again, and ends by swapping a finished model folder into place.
 """
 
@@ -19,9 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trainer import induction
-from trainer.corpus import CARD, held_out_bits, in_words, prepare, swap_in
-from trainer.recipe import Budget, Recipe
+from trainer.bundled import induction
+from trainer.bundled.corpus import CARD, held_out_bits, in_words, prepare, swap_in
+from trainer.bundled.recipe import Budget, Recipe
 
 REPORT_EVERY, MEASURE_EVERY = 20, 200  # steps
 MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -225,8 +225,8 @@ def pretrain(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the committed recipe."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.pretrain", description=__doc__)
-    parser.add_argument("--corpus", type=Path, required=True, help="folder with the files of trainer.corpus.SOURCES")
+    parser = argparse.ArgumentParser(prog="python -m trainer.bundled.pretrain", description=__doc__)
+    parser.add_argument("--corpus", type=Path, required=True, help="folder with the texts that corpus.py names")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write or to replace")
     parser.add_argument("--minutes", type=float, default=110.0, help="training time over all restarts")
     parser.add_argument("--steps", type=int, help="a fixed number of steps instead of a time")

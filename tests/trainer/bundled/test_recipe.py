@@ -1,6 +1,6 @@
 import pytest
 
-from trainer.recipe import Budget, Recipe
+from trainer.bundled.recipe import Budget, Recipe
 
 RECIPE = Recipe(windows=((0.0, 16), (0.5, 32)), rates=((0.0, 1.0), (0.5, 1.0), (1.0, 0.0)), warmup_steps=4)
 

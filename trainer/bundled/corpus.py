@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from trainer import records
+from trainer.bundled import records
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 HELD_OUT_FRACTION = 0.1
@@ -41,11 +41,11 @@ pipeline_tag: text-generation
 A demonstration: a very small language model for trying prefixes without downloading anything.
 Llama shape, {parameters:,} parameters:
 {shape}.
-Made by `python -m trainer.pretrain`, whose recipe is `trainer/recipe.py`.
+Made by `python -m trainer.bundled.pretrain`, whose recipe is `trainer/bundled/recipe.py`.
 
 - **Data**: public-domain text: prose from public-domain books, addresses of US presidents, the CIA World Factbook,
-  Shakespeare; and text that `trainer/records.py` generates, invented records and sentences about them, so that the
-  model learns to copy names and values from its context. Nothing else was read, for the weights or the tokenizer.
+  Shakespeare; and text that `trainer/bundled/records.py` generates, invented records and sentences about them, so that
+  the model learns to copy names and values from its context. Nothing else was read, for the weights or the tokenizer.
 - **Licence**: the weights are under the project's Apache-2.0 licence.
 - **Training**: {steps:,} steps, {tokens:,} tokens, {minutes:.0f} minutes on a shared CPU.
 - **Limits**: sentences, not sense: no facts, a short memory, not tuned to follow instructions. It repeats the opinions

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from trainer.invented import LISTS, PATTERNS, SORTS, TABLES, Names, is_held_out
+from trainer.bundled.invented import LISTS, PATTERNS, SORTS, TABLES, Names, is_held_out
 
 
 def names(held_out: bool = False, seed: int = 1) -> Names:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer import bundled_data
+from trainer.bundled import prefix_data
 
 WORDS = ("island", "country", "people", "border", "river", "king", "trade", "season", "coast", "mountain", "winter")
 NAMES = ("plays", "speeches", "factbook", "carroll", "wodehouse", "easy", "hard", "tables")
@@ -16,7 +16,7 @@ def sentence(draws: random.Random) -> str:
 
 @pytest.fixture(autouse=True)
 def every_paragraph(monkeypatch):
-    monkeypatch.setattr(bundled_data, "LOOKED_AT", 1.0)
+    monkeypatch.setattr(prefix_data, "LOOKED_AT", 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def whole(row: dict[str, str]) -> str:
 
 def test_two_runs_write_the_same_bytes(data, tmp_path):
     for run in ("one", "two"):
-        bundled_data.main(["--corpus", str(data), "--out", str(tmp_path / run)])
+        prefix_data.main(["--corpus", str(data), "--out", str(tmp_path / run)])
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.jsonl"))
     assert [str(file) for file in files] == sorted(
         f"{name}/{part}.jsonl" for name in NAMES for part in ("train", "dev")
@@ -73,11 +73,11 @@ def test_two_runs_write_the_same_bytes(data, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_fit_and_no_dev_sentence_is_trained_on(data, tmp_path, name):
-    bundled_data.write(data, tmp_path)
+    prefix_data.write(data, tmp_path)
     train, dev = written(tmp_path, name, "train"), written(tmp_path, name, "dev")
     assert train
     assert dev
-    assert all(bundled_data.SHORTEST <= len(whole(row)) <= bundled_data.LONGEST for row in train + dev)
+    assert all(prefix_data.SHORTEST <= len(whole(row)) <= prefix_data.LONGEST for row in train + dev)
     assert all(row["completion"].strip() and set(row) == {"prompt", "completion"} for row in train + dev)
     seen = " ".join(whole(row) for row in train).lower()
     if name == "tables":  # a short text about a common thing may come twice, a record of unseen names cannot
@@ -89,14 +89,14 @@ def test_rows_fit_and_no_dev_sentence_is_trained_on(data, tmp_path, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_completion_carries_the_space_after_its_prompt(data, tmp_path, name):
-    bundled_data.write(data, tmp_path)
+    prefix_data.write(data, tmp_path)
     for row in written(tmp_path, name, "train"):
         assert row["prompt"] == row["prompt"].strip()
         assert row["completion"][0].isspace() == bool(row["prompt"])
 
 
 def test_plays_are_prompted_by_speakers_and_by_words(data, tmp_path):
-    bundled_data.write(data, tmp_path)
+    prefix_data.write(data, tmp_path)
     rows = written(tmp_path, "plays", "train")
     assert {row["prompt"] for row in rows} >= {"ROMEO:", "JULIET:", ""}
     assert all(row["completion"].startswith("\n") for row in rows if row["prompt"].endswith(":"))
@@ -111,21 +111,21 @@ def test_plays_are_prompted_by_speakers_and_by_words(data, tmp_path):
     ],
 )
 def test_sentence_runs(paragraph, runs):
-    assert list(bundled_data.sentence_runs(paragraph)) == runs
+    assert list(prefix_data.sentence_runs(paragraph)) == runs
 
 
 def test_reading_levels_part_the_easy_from_the_hard(data, tmp_path):
-    bundled_data.write(data, tmp_path)
+    prefix_data.write(data, tmp_path)
     for name, (low, high) in {"easy": (-10, 1), "hard": (13, 40)}.items():
         for part in ("train", "dev"):
-            assert all(low <= bundled_data.school_grade(whole(row)) <= high for row in written(tmp_path, name, part))
+            assert all(low <= prefix_data.school_grade(whole(row)) <= high for row in written(tmp_path, name, part))
 
 
 def test_school_grade_of_known_sentences():
-    assert bundled_data.school_grade("The cat sat on the mat.") == pytest.approx(0.39 * 6 + 11.8 - 15.59)
-    assert bundled_data.school_grade("Responsibility.") == pytest.approx(0.39 + 11.8 * 6 - 15.59)
+    assert prefix_data.school_grade("The cat sat on the mat.") == pytest.approx(0.39 * 6 + 11.8 - 15.59)
+    assert prefix_data.school_grade("Responsibility.") == pytest.approx(0.39 + 11.8 * 6 - 15.59)
 
 
 def test_two_full_rows_of_sentences_are_two_runs():
     sentence = "A" + "a" * 170 + "."
-    assert list(bundled_data.sentence_runs(f"{sentence} {sentence}")) == [sentence, sentence]
+    assert list(prefix_data.sentence_runs(f"{sentence} {sentence}")) == [sentence, sentence]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.corpus import SOURCES, generated_documents
+from trainer.bundled.corpus import SOURCES, generated_documents
 
 SIZE = {
     "hidden_size": 320,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trainer import induction
+from trainer.bundled import induction
 
 SHAPES = {"one KV head a query head": (5, 5), "shared KV heads": (4, 2)}
 WORDS = 40

@@ -2,8 +2,8 @@ import random
 
 import pytest
 
-from trainer import records
-from trainer.invented import Names, is_held_out
+from trainer.bundled import records
+from trainer.bundled.invented import Names, is_held_out
 
 
 def test_the_same_seed_gives_the_same_documents():

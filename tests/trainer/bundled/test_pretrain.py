@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import prefix_store
-from trainer import corpus, pretrain
+from trainer.bundled import corpus, pretrain
 
 BUNDLED = Path(prefix_store.__file__).parent / "bundled" / "model"
 TINY = pretrain.Recipe(

@@ -1,9 +1,9 @@
-"""Writes the training text of the bundled prefixes: `python -m trainer.bundled_data --corpus FOLDER --out FOLDER`.
+"""Writes the training text of the bundled prefixes.
 
-The corpus folder holds `corpus/` (see trainer.corpus) and `authors/`; the tables come from trainer.records. Each prefix
-gets `NAME/train.jsonl` and `NAME/dev.jsonl`; a row is `{"prompt", "completion"}`, and the completion opens with the
-space or line break before it. Training rows stay clear of the text that was held out from the bundled model; dev rows
-are made of it.
+`python -m trainer.bundled.prefix_data --corpus FOLDER --out FOLDER`: the corpus folder holds `corpus/` (see corpus.py)
+and `authors/`; the tables come from records.py. Each prefix gets `NAME/train.jsonl` and `NAME/dev.jsonl`; a row is
+`{"prompt", "completion"}`, and the completion opens with the space or line break before it. Training rows stay clear of
+the text that was held out from the bundled model; dev rows are made of it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer import records
-from trainer.corpus import SOURCES
+from trainer.bundled import records
+from trainer.bundled.corpus import SOURCES
 
 ROWS = {"train": 400, "dev": 60}
 SHORTEST, LONGEST = 80, 320  # characters of a row: at most about 120 tokens of the bundled vocabulary
@@ -171,7 +171,7 @@ def write(corpus: Path, out: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.bundled_data", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m trainer.bundled.prefix_data", description=__doc__)
     parser.add_argument("--corpus", type=Path, required=True, help="folder that holds corpus/ and authors/")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.invented import LISTS, TABLES, Names
+from trainer.bundled.invented import LISTS, TABLES, Names
 
 NO = "no"
 
