@@ -122,7 +122,7 @@ class LeaseLost(AntefixError):
 
 
 class Overloaded(AntefixError):
-    """The waiting queue is full; try again after `retry_after` seconds."""
+    """The waiting queue is full; a place should be free in `retry_after` seconds."""
 
     code = "overloaded"
     retry_after = 1

@@ -33,7 +33,6 @@ TABLE: dict[type[AntefixError], tuple[int, str]] = {
 HEADERS = {
     401: {"www-authenticate": "Bearer"},
     409: {"x-should-retry": "false"},  # clients repeat a 409 otherwise, and this one stays
-    429: {"retry-after": str(errors.Overloaded.retry_after)},
     503: {"retry-after": "1"},
 }
 STATUS_CODES = {404: "route_not_found", 405: "method_not_allowed"}
@@ -48,7 +47,8 @@ def body(error: AntefixError) -> dict[str, Any]:
 def response(error: AntefixError) -> JSONResponse:
     """The error's whole reply."""
     status = _row(error)[0]
-    return JSONResponse(body(error), status, headers=HEADERS.get(status))
+    headers = {"retry-after": str(error.retry_after)} if isinstance(error, errors.Overloaded) else HEADERS.get(status)
+    return JSONResponse(body(error), status, headers=headers)
 
 
 def unforeseen() -> AntefixError:

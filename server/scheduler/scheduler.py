@@ -19,9 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from prefix_store.errors import Overloaded
 from server.scheduler import fairness
 from server.scheduler.limits import Limits, check_fits
 from server.scheduler.messages import FinishReason, GenerationRequest, TokenEvent
+from server.scheduler.pace import Pace
 from server.scheduler.plan import Row, RowResult, StepPlan
 from server.scheduler.sequence import Sequence
 from server.scheduler.service import GENERATED_WEIGHT, Service
@@ -44,6 +46,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of admission: the last is the newest
         self.preemptions = 0
         self._sequences: dict[str, Sequence] = {}
+        self._pace = Pace()
         self._most_rows = min(limits.rows, limits.step_tokens)  # every row takes at least a token of the step
         self._allowance = GENERATED_WEIGHT * limits.context_length  # the longest request costs no more
         self._eos_ids = eos_ids
@@ -55,7 +58,11 @@ class Scheduler:
         if request.id in self._sequences:
             raise KeyError(f"{request.id} is in flight already")
         sequence = Sequence(request, seed, self._eos_ids)
-        self.waiting.push(sequence)
+        try:
+            self.waiting.push(sequence)
+        except Overloaded as full:
+            full.retry_after = self._pace.seconds_to_wait(self._clock())
+            raise
         self._sequences[request.id] = sequence
 
     def abort(self, request_id: str, reason: FinishReason) -> TokenEvent | None:
@@ -210,6 +217,7 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
         self.service.settle(sequence)
+        self._pace.note(self._clock())
         del self._sequences[sequence.request.id]
 
     def _commit_row(self, row: Row, result: RowResult) -> TokenEvent | None:

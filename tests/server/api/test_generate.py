@@ -316,8 +316,9 @@ def test_a_server_can_refuse_to_serve_the_bare_model(serve: Serve, prefix: str) 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_full_queue_is_429_with_retry_after(client: TestClient, loop: FakeLoop, stream: bool) -> None:
     loop.refusal = Overloaded("full")
+    loop.refusal.retry_after = 7
     reply = client.post("/generate", json={"prompt": "x", "stream": stream})
-    assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
+    assert (reply.status_code, reply.headers["retry-after"]) == (429, "7")
 
 
 def test_when_one_of_several_choices_is_refused_the_others_are_ended(client: TestClient, loop: FakeLoop) -> None:

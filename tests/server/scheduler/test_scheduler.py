@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import random
 
 import pytest
@@ -170,12 +171,21 @@ def test_what_can_never_run_is_refused_and_what_is_refused_is_forgotten():
     scheduler.check_integrity()
 
 
-def test_a_full_queue_says_so():
-    scheduler = make(waiting=2)
-    scheduler.add(request("a"), seed=0)
-    scheduler.add(request("b"), seed=0)
-    with pytest.raises(Overloaded, match="2 requests are waiting"):
+def test_a_full_queue_says_so_and_when_to_come_back():
+    clock = Clock()
+    scheduler = make(clock, waiting=2)
+    for name in "abc":
+        with contextlib.suppress(Overloaded):
+            scheduler.add(request(name), seed=0)
+    with pytest.raises(Overloaded, match="2 requests are waiting") as full:
         scheduler.add(request("c"), seed=0)
+    assert full.value.retry_after == 1
+    scheduler.abort("a", FinishReason.ABORT)
+    scheduler.add(request("a"), seed=0)
+    clock.now = 9.0
+    with pytest.raises(Overloaded) as full:
+        scheduler.add(request("c"), seed=0)
+    assert full.value.retry_after == 9
 
 
 def test_abort_and_deadline_free_slots_at_once():
