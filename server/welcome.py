@@ -21,7 +21,7 @@ def text(
     faster = "" if dtype == "float32" else " (tokens may differ from float32's)"
     names = [version.name for version in prefixes[:SHOWN]]
     more = " …" if len(prefixes) > SHOWN else ""
-    length = max((version.virtual_tokens for version in prefixes), default=USUAL_LENGTH)
+    length = max((version.virtual_tokens for version in prefixes), default=0) or USUAL_LENGTH
     access = "open mode, one tenant: there is no API key" if open_mode else "by API key"
     lines = {
         "model": f"{frozen.name}, {dtype}{faster} on {frozen.device}, context {frozen.context_length}",

@@ -144,3 +144,12 @@ def random_kv(model: frozen.FrozenModel, length: int, seed: int = 0, scale: floa
     layers, two, heads, dim = model.geometry.kv_shape
     generator = torch.Generator().manual_seed(seed)
     return scale * torch.randn(layers, two, heads, length, dim, generator=generator)
+
+
+def random_memory(model: frozen.FrozenModel, seed: int = 0, scale: float = 0.3) -> torch.Tensor:
+    """A random canonical memory `[L, Hq, D, D]`, about as loud as what attention gives."""
+    geometry = model.geometry
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(
+        geometry.layers, geometry.query_heads, geometry.head_dim, geometry.head_dim, generator=generator
+    )

@@ -1,8 +1,9 @@
 """What a prefix means to a frozen model: the plain, differentiable reference that training runs and serving must equal.
 
 A prefix enters through one attention function registered with transformers as `antefix_reference`: its keys and values
-stand in front of the row's own, and nothing else of the model changes. It rides through the model as the keyword
-argument `prefix`, so there is no state between calls. A row's first real token stands at the row's own offset.
+stand in front of the row's own, or its memory adds to what the heads give, and nothing else of the model changes. It
+rides through the model as the keyword argument `prefix`, so there is no state between calls. A row's first real token
+stands at the row's own offset.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers.masking_utils import eager_mask
 from prefix_store.errors import ModelUnsupported
 from prefix_store.model import arguments
 from prefix_store.model.frozen import FrozenModel
+from prefix_store.model.memory import Memory, recall
 from prefix_store.prefix import Window
 
 NAME = "antefix_reference"
@@ -26,20 +28,31 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 @dataclass(frozen=True)
 class PrefixRows:
-    """One KV prefix for each row of a batch, padded on the right to the longest.
+    """One KV prefix for each row of a batch, padded on the right to the longest, and its memory where it has one.
 
     `kv` `[B, L, 2, Hkv, P, D]`, keys as they stand in a cache. `valid` `[B, P]`: false on padding. `offset` `[B]`: the
     position of the row's first real token. `slides` `[B]`: whether a sliding window may leave the prefix behind.
+    `memories`: one for each row, or none at all.
     """
 
     kv: torch.Tensor
     valid: torch.Tensor
     offset: torch.Tensor
     slides: torch.Tensor
+    memories: tuple[Memory | None, ...] = ()
 
     @classmethod
-    def stack(cls, kvs: Sequence[torch.Tensor], offsets: Sequence[int], windows: Sequence[Window]) -> PrefixRows:
-        """Rows of prefixes of any lengths, each `[L, 2, Hkv, P, D]`; a row without a prefix has P = 0 and offset 0."""
+    def stack(
+        cls,
+        kvs: Sequence[torch.Tensor],
+        offsets: Sequence[int],
+        windows: Sequence[Window],
+        memories: Sequence[Memory | None] = (),
+    ) -> PrefixRows:
+        """Rows of prefixes of any lengths, each `[L, 2, Hkv, P, D]`.
+
+        A row without a KV prefix, be it that it has a memory or nothing, has P = 0 and offset 0.
+        """
         device, longest = kvs[0].device, max(kv.shape[3] for kv in kvs)
         lengths = torch.tensor([kv.shape[3] for kv in kvs], device=device)
         padded = [torch.nn.functional.pad(kv, (0, 0, 0, longest - kv.shape[3])) for kv in kvs]
@@ -48,6 +61,7 @@ class PrefixRows:
             valid=torch.arange(longest, device=device) < lengths[:, None],
             offset=torch.tensor(offsets, device=device),
             slides=torch.tensor([window is Window.SLIDES for window in windows], device=device),
+            memories=tuple(memories),
         )
 
     @classmethod
@@ -173,13 +187,14 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention face: query `[B, Hq, T, D]`, key and value `[B, Hkv, S, D]`, added mask `[B, 1, T, S]`.
 
-    Prefix-Tuning (Li & Liang 2021): o = softmax(q [K_prefix; K]^T * scaling) [V_prefix; V]. Returns `[B, T, Hq, D]`.
+    Prefix-Tuning (Li & Liang 2021): o = softmax(q [K_prefix; K]^T * scaling) [V_prefix; V], to which a memory adds its
+    part. Returns `[B, T, Hq, D]`.
     Raises ModelUnsupported on anything that would change the result and that is not understood here.
     """
     if unknown := arguments.strange(others):
         raise ModelUnsupported(f"the model's attention uses {', '.join(unknown)}, which a prefix cannot share yet")
+    layer: int = module.layer_idx  # type: ignore[assignment]
     if prefix is not None:
-        layer: int = module.layer_idx  # type: ignore[assignment]
         kv = prefix.prefixes.kv[:, layer].to(key.dtype)
         key, value = torch.cat([kv[:, 0], key], dim=2), torch.cat([kv[:, 1], value], dim=2)
         attention_mask = torch.cat([_mask(prefix, sliding_window, attention_mask.dtype), attention_mask], dim=3)
@@ -188,7 +203,10 @@ def attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     weights = torch.softmax(scores + attention_mask, dim=-1, dtype=torch.float32).to(query.dtype)
-    return (weights @ value.repeat_interleave(queries_per_key, dim=1)).transpose(1, 2).contiguous(), None
+    output = weights @ value.repeat_interleave(queries_per_key, dim=1)
+    if prefix is not None and prefix.prefixes.memories:
+        output = output + recall(prefix.prefixes.memories, layer, query)
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _mask(prefix: _Forward, sliding_window: int | None, dtype: torch.dtype) -> torch.Tensor:

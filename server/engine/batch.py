@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from server.engine.attention.memory import memory_items
 from server.engine.attention.work import work_items
 from server.scheduler.plan import Row, StepPlan
 
@@ -22,12 +23,16 @@ class Selection:
 
 @dataclass(frozen=True)
 class Batch:
-    """`token_ids` and `positions` `[1, T]`, `slots` `[T]`, `selected` `[N]` packed indices whose logits are wanted."""
+    """`token_ids` and `positions` `[1, T]`, `slots` `[T]`, `selected` `[N]` packed indices whose logits are wanted.
+
+    `work` and `memories`: see `StepContext`.
+    """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
     work: dict[int, torch.Tensor]
+    memories: torch.Tensor | None
     selected: torch.Tensor
     selections: tuple[Selection, ...]
 
@@ -50,6 +55,7 @@ def build(plan: StepPlan, windows: Iterable[int], device: torch.device) -> Batch
         positions=torch.tensor([positions], device=device),
         slots=torch.tensor(slots, device=device),
         work={window: _work(packed, window) for window in windows},
+        memories=_memories(packed),
         selected=torch.tensor(selected, dtype=torch.long, device=device),
         selections=tuple(selections[id(row.sequence)] for row in plan.rows),
     )
@@ -74,6 +80,11 @@ def _wanted(row: Row, first: int) -> list[int]:
 
 def _work(rows: Sequence[Row], window: int) -> torch.Tensor:
     return torch.tensor([item.as_tuple() for item in work_items(rows, window or None)])
+
+
+def _memories(rows: Sequence[Row]) -> torch.Tensor | None:
+    items = memory_items(rows)
+    return torch.tensor([item.as_tuple() for item in items]) if items else None
 
 
 def _prefix_start(row: Row) -> int:

@@ -9,7 +9,7 @@ from prefix_store.model.frozen import FrozenModel
 from server.engine import self_test
 from server.engine.attention import native
 from server.engine.batch import build
-from server.engine.kv_pool import KVPool, bytes_per_slot
+from server.engine.kv_pool import KVPool, bytes_per_slot, memory_slots
 from server.engine.model_runner import ModelRunner
 from server.engine.sampler import sample
 from server.scheduler.messages import TokenEvent
@@ -76,8 +76,8 @@ def eos_ids(frozen: FrozenModel) -> frozenset[int]:
 def choose_slots(frozen: FrozenModel, rows: int, budget_bytes: int) -> int:
     """KV slots for `rows` full contexts and as much again for prefixes, within a memory budget.
 
-    Never below one context, without which the longest legal request could not run.
+    Never below one context beside a memory, without which the longest legal request could not run.
     """
     wanted = 2 * rows * frozen.context_length
     affordable = budget_bytes // bytes_per_slot(frozen.geometry, frozen.dtype)
-    return max(frozen.context_length, min(wanted, affordable))
+    return max(frozen.context_length + memory_slots(frozen.geometry), min(wanted, affordable))

@@ -1,4 +1,8 @@
-"""The keys and values of every token in flight and of every resident prefix."""
+"""The keys and values of every token in flight and of every resident prefix, and the memories of those that have one.
+
+A memory is no tokens, but it lies in slots like them: so one budget, one allocator and one eviction serve both. It is
+held in the model's dtype, as keys and values are.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +29,23 @@ class KVPool:
 
     def apply(self, transfer: Load | Move) -> None:
         """Carries out one transfer of a plan."""
-        if isinstance(transfer, Load):
-            self._load(transfer.payload.tensor, transfer.extent)
-        else:
+        if isinstance(transfer, Move):
             self._move(transfer)
+        elif transfer.payload.feature_map is not None:
+            self._load_memory(transfer.payload.tensor, transfer.extent)
+        else:
+            self._load(transfer.payload.tensor, transfer.extent)
 
     def _load(self, kv: torch.Tensor, extent: Extent) -> None:
         """Canonical `[L, 2, Hkv, P, D]` into slots `[P, Hkv, D]` of every layer."""
         self.keys[:, extent.start : extent.end].copy_(kv[:, 0].transpose(1, 2))
         self.values[:, extent.start : extent.end].copy_(kv[:, 1].transpose(1, 2))
+
+    def _load_memory(self, memory: torch.Tensor, extent: Extent) -> None:
+        """Canonical `[L, Hq, D, D]` into an extent of `memory_slots` slots."""
+        first, second = memory_halves(self.keys, self.values, extent.start, memory.shape[1])
+        first.copy_(memory[:, : first.shape[1]])
+        second.copy_(memory[:, first.shape[1] :])
 
     def _move(self, move: Move) -> None:
         source = slice(move.source.start, move.source.start + move.size)
@@ -45,3 +57,27 @@ class KVPool:
 def bytes_per_slot(geometry: ModelGeometry, dtype: torch.dtype) -> int:
     """Device memory of one token's keys and values."""
     return geometry.kv_numbers_per_token * dtype.itemsize
+
+
+def memory_slots(geometry: ModelGeometry) -> int:
+    """Slots whose numbers, keys and values together, hold a memory's `[Hq, D, D]` in every layer."""
+    heads = (geometry.query_heads + 1) // 2  # the larger half
+    return -(-heads * geometry.head_dim // geometry.kv_heads)
+
+
+def memory_halves(
+    keys: torch.Tensor, values: torch.Tensor, start: int, heads: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The memory that lies in the slots from `start` on, as views `[..., heads, D, D]`.
+
+    Of pools `[..., S, Hkv, D]`: the first half of the heads lies among the keys, the other among the values.
+    """
+    first = (heads + 1) // 2
+    return _matrices(keys, start, first), _matrices(values, start, heads - first)
+
+
+def _matrices(pool: torch.Tensor, start: int, heads: int) -> torch.Tensor:
+    kv_heads, size = pool.shape[-2:]
+    slots = -(-heads * size // kv_heads)
+    numbers = pool[..., start : start + slots, :, :].flatten(-3)  # a view: slots lie one after another
+    return numbers[..., : heads * size * size].unflatten(-1, (heads, size, size))

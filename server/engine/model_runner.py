@@ -31,7 +31,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
         """Logits `[N, V]` of the batch's selected positions; the keys and values of its tokens go into the pool."""
-        step = StepContext(self.pool, batch.slots, batch.work, self.backend)
+        step = StepContext(self.pool, batch.slots, batch.work, self.backend, batch.memories)
         output = self.frozen.model(
             input_ids=batch.token_ids,
             position_ids=batch.positions,

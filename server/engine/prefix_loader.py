@@ -9,14 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from prefix_store.errors import InvalidPrefix, PrefixMismatch
+from prefix_store.errors import PrefixMismatch
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import Method, PrefixManifest, PrefixVersion, Window
 from prefix_store.store import PrefixStore
 from prefix_store.tensors import PAYLOADS, PrefixTensors, check_fits
+from server.engine.kv_pool import memory_slots
 from server.scheduler.messages import PrefixPayload
-
-SERVED = frozenset({Method.PREFIX, Method.TEXT, Method.PROMPT})
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class PrefixLoader:
         self._loaded: OrderedDict[str, Future[LoadedPrefix]] = OrderedDict()
 
     def load(self, version: PrefixVersion) -> LoadedPrefix:
-        """Blocks while reading. Raises PrefixMismatch, InvalidPrefix for a method not served, StoreCorrupt."""
+        """Blocks while reading. Raises PrefixMismatch or StoreCorrupt."""
         with self._lock:
             future = self._loaded.get(version.digest)
             if owner := future is None:
@@ -84,15 +83,7 @@ class PrefixLoader:
 
 
 def served_tensor(manifest: PrefixManifest, tensors: PrefixTensors, dtype: torch.dtype) -> torch.Tensor:
-    """A prefix's canonical tensor in the model's dtype.
-
-    Raises InvalidPrefix for a method that is not served, PrefixMismatch for values that overflow the dtype.
-    """
-    if manifest.method not in SERVED:
-        served = ", ".join(repr(method.value) for method in Method if method in SERVED)
-        raise InvalidPrefix(
-            f"prefixes of method {manifest.method.value!r} cannot be served yet; served are {served}", param="file"
-        )
+    """A prefix's canonical tensor in the model's dtype. Raises PrefixMismatch for values that overflow the dtype."""
     tensor = tensors[PAYLOADS[manifest.method]].to(dtype).contiguous()
     if not bool(tensor.isfinite().all()):
         raise PrefixMismatch(f"the prefix has values that overflow this server's {dtype}", param="file")
@@ -108,4 +99,6 @@ def payload_of(digest: str, manifest: PrefixManifest, tensors: PrefixTensors, dt
         slides=manifest.window is Window.SLIDES,
         tensor=served_tensor(manifest, tensors, dtype),
         is_embeds=manifest.method is Method.PROMPT,
+        feature_map=manifest.feature_map,
+        memory_slots=memory_slots(manifest.geometry) if manifest.method is Method.PREFIX_PLUS else 0,
     )

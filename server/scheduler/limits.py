@@ -21,7 +21,8 @@ class Limits:
 
 def check_fits(request: GenerationRequest, limits: Limits) -> None:
     """Raises ContextLengthExceeded or InvalidRequest for a request that could never run."""
-    virtual = request.prefix.virtual_tokens if request.prefix is not None else 0
+    prefix = request.prefix
+    virtual, slots = (prefix.virtual_tokens, prefix.slots) if prefix is not None else (0, 0)
     prompt, new = len(request.prompt_ids), request.params.max_tokens
     if not request.prompt_ids:
         raise InvalidRequest("the prompt is empty: at least one token is needed", param="prompt")
@@ -31,7 +32,7 @@ def check_fits(request: GenerationRequest, limits: Limits) -> None:
             f"{virtual + prompt + new}: {virtual} of the prefix, {prompt} of the prompt and {new} of max_tokens",
             param="max_tokens",
         )
-    if virtual + prompt + new > limits.slots:
+    if slots + prompt + new > limits.slots:
         raise InvalidRequest(
-            f"the request needs {virtual + prompt + new} KV slots, this server has {limits.slots}", param="max_tokens"
+            f"the request needs {slots + prompt + new} KV slots, this server has {limits.slots}", param="max_tokens"
         )

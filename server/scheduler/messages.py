@@ -23,9 +23,10 @@ class FinishReason(StrEnum):
 class PrefixPayload:
     """A prefix as the engine takes it: already read, checked and in host memory; immutable, keyed by digest.
 
-    `tensor` is opaque here; for the engine it is canonical KV `[L, 2, Hkv, P, D]` or, where `is_embeds`, the input
-    embeddings `[P, E]` of a soft prompt, which become KV on the device. `slides`: sliding-window layers let it slide
-    out of sight.
+    `tensor` is opaque here; for the engine it is canonical KV `[L, 2, Hkv, P, D]`; where `is_embeds`, the input
+    embeddings `[P, E]` of a soft prompt, which become KV on the device; where there is a `feature_map`, a memory
+    `[L, Hq, D, D]`, which has no virtual tokens and lies in `memory_slots` KV slots. `slides`: sliding-window layers
+    let it slide out of sight.
     """
 
     digest: str
@@ -34,6 +35,13 @@ class PrefixPayload:
     slides: bool
     tensor: Any = field(repr=False, compare=False)
     is_embeds: bool = False
+    feature_map: str | None = None
+    memory_slots: int = 0
+
+    @property
+    def slots(self) -> int:
+        """KV slots that it takes on the device."""
+        return self.virtual_tokens + self.memory_slots
 
 
 @dataclass(frozen=True)

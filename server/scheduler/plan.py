@@ -11,7 +11,7 @@ from server.scheduler.slots import Extent
 
 @dataclass(frozen=True)
 class Load:
-    """Bring a prefix from the host into its extent: its keys and values, or what a soft prompt makes of them."""
+    """Bring a prefix from the host into its extent: keys and values, a soft prompt to make them of, or a memory."""
 
     payload: PrefixPayload
     extent: Extent

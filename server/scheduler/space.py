@@ -91,6 +91,7 @@ class Space:
         owners = [reader.extent.size for reader in readers if reader.extent] + [r.extent.size for r in residents]
         assert sum(owners) == self.slots.used, "slots are held that nobody owns"
         for resident in residents:
+            assert resident.extent.size == resident.payload.slots, "a prefix has not the room it takes"
             pins = sum(reader.resident is resident for reader in readers)
             assert resident.pins == pins, f"{resident.pins} pins, {pins} readers"
 
@@ -99,11 +100,11 @@ class Space:
         payload = sequence.request.prefix
         if payload is None or any(resident.payload.digest == payload.digest for resident in self.residency.residents()):
             return 0
-        return payload.virtual_tokens
+        return payload.slots
 
     def _pin(self, payload: PrefixPayload) -> Resident | None:
         resident = self.residency.pin(payload.digest)
-        if resident is None and (extent := self._allocate(payload.virtual_tokens)) is not None:
+        if resident is None and (extent := self._allocate(payload.slots)) is not None:
             resident = self.residency.admit(payload, extent)
             self._transfers.append(Load(payload, extent))
         return resident

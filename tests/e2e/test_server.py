@@ -88,6 +88,20 @@ def test_a_mixed_batch_gives_each_request_what_it_gets_alone(client: httpx.Clien
     assert mixed == alone * 4
 
 
+def test_memories_run_beside_prefixes_of_other_methods(client: httpx.Client, frozen: FrozenModel) -> None:
+    for feature_map in ("elu", "gelu"):
+        upload(client, feature_map, artefacts.memory(frozen, feature_map=feature_map)).raise_for_status()
+    prefixes = ["native", "elu", "gelu", None]
+    alone = [generate(client, prefix) for prefix in prefixes]
+    assert len({reply["text"] for reply in alone}) == 4
+    assert [reply["usage"]["virtual_tokens"] for reply in alone] == [6, 0, 0, 0]
+    with ThreadPoolExecutor(12) as pool:
+        mixed = list(pool.map(lambda index: generate(client, prefixes[index % 4])["text"], range(12)))
+    assert mixed == [reply["text"] for reply in alone] * 3
+    for feature_map in ("elu", "gelu"):
+        assert client.delete(f"/v1/prefixes/{feature_map}").status_code == 200
+
+
 def test_a_stream_joins_to_the_whole_text(client: httpx.Client) -> None:
     whole = generate(client, "native")
     with client.stream("POST", "/generate", json={**GREEDY, "prefix_id": "native", "stream": True}) as reply:

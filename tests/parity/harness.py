@@ -16,6 +16,7 @@ from prefix_store.model.frozen import FrozenModel
 from server.engine.attention import native
 from server.engine.batch import Batch
 from server.engine.engine import Engine
+from server.engine.kv_pool import memory_slots
 from server.engine.model_runner import ModelRunner
 from server.scheduler.messages import FinishReason, GenerationRequest, PrefixPayload, TokenEvent
 from server.scheduler.sampling_params import SamplingParams
@@ -85,6 +86,11 @@ def recorded(engine: Engine, name: str) -> torch.Tensor:
 def payload(kv: torch.Tensor, digest: str, *, slides: bool = True, offset: int | None = None) -> PrefixPayload:
     length = kv.shape[3]
     return PrefixPayload(digest, length, length if offset is None else offset, slides, kv)
+
+
+def memory_payload(model: FrozenModel, memory: torch.Tensor, digest: str, feature_map: str = "elu") -> PrefixPayload:
+    slots = memory_slots(model.geometry)
+    return PrefixPayload(digest, 0, 0, True, memory, feature_map=feature_map, memory_slots=slots)
 
 
 def request(name: str, case: Case, prefix: PrefixPayload | None) -> GenerationRequest:

@@ -10,7 +10,7 @@ from prefix_store import codec
 from prefix_store.formats import peft
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import Method, PrefixManifest
-from tests.models import random_kv
+from tests.models import random_kv, random_memory
 
 
 def manifest(frozen: FrozenModel, length: int = 4, **changes: object) -> PrefixManifest:
@@ -29,15 +29,12 @@ def adapter(frozen: FrozenModel, length: int = 4, seed: int = 0) -> dict[str, by
     return peft.write(made, {"self.kv": random_kv(frozen, length, seed)}, frozen.name, sliding_window=False)
 
 
-def memory(frozen: FrozenModel) -> bytes:
-    """A sound prefix of a method that is not served."""
-    import torch
-
-    size = frozen.geometry.head_dim
+def memory(frozen: FrozenModel, seed: int = 0, feature_map: str = "elu") -> bytes:
+    """A native file of method prefix_plus that fits the model."""
     made = PrefixManifest(
-        Method.PREFIX_PLUS, frozen.geometry, 0, position_offset=0, base_digest=frozen.digest, feature_map="elu"
+        Method.PREFIX_PLUS, frozen.geometry, 0, position_offset=0, base_digest=frozen.digest, feature_map=feature_map
     )
-    return codec.encode(made, {"memory": torch.zeros(frozen.geometry.layers, frozen.geometry.query_heads, size, size)})
+    return codec.encode(made, {"memory": random_memory(frozen, seed)})
 
 
 def damaged(frozen: FrozenModel) -> dict[str, bytes]:

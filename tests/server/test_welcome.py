@@ -26,6 +26,13 @@ def test_the_block_says_what_is_served_and_how_much_more_fits(frozen: FrozenMode
     assert "open mode, one tenant" in block
 
 
+def test_a_memory_has_no_length_to_count_in(frozen: FrozenModel) -> None:
+    memory = PrefixVersion("default", "m", 1, "d" * 64, Method.PREFIX_PLUS, 0, 100, 0.0)
+    block = welcome.text(ADDRESS, frozen, [memory], 1000, open_mode=True)
+    assert f"prefixes of {welcome.USUAL_LENGTH} tokens" in block
+    assert "prefixes of 20 tokens" in welcome.text(ADDRESS, frozen, [memory, *versions("a")], 1000, open_mode=True)
+
+
 def test_only_the_first_names_are_listed(frozen: FrozenModel) -> None:
     names = [f"p{index}" for index in range(welcome.SHOWN + 1)]
     block = welcome.text(ADDRESS, frozen, versions(*names), 0, open_mode=False)

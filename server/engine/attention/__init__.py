@@ -2,7 +2,7 @@
 
 transformers calls `attention` once a layer under the name `antefix`. It unpacks the step into tensors and integers and
 calls one `torch.library` operator, which stays opaque to compilers. No mask function is registered under that name, so
-transformers builds no mask; the work list says who sees what.
+transformers builds no mask; the work list says who sees what. What memories add comes after the backend, whichever.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 
 from prefix_store.errors import ModelUnsupported
 from prefix_store.model import arguments
-from server.engine.attention import cpu, native, plain, segments
+from server.engine.attention import cpu, memory, native, plain, segments
 from server.engine.kv_pool import KVPool
 
 NAME = "antefix"
@@ -34,13 +34,14 @@ class StepContext:
     """What a step's attention needs; rides through the model as the keyword argument `antefix`.
 
     `slots` `[T]`: where each packed token's key and value go. `work`: one `[n, 8]` integer tensor for each sliding
-    window in the model, 0 standing for none.
+    window in the model, 0 standing for none. `memories`: a `[m, 4]` one, or None where no row has a memory.
     """
 
     pool: KVPool
     slots: torch.Tensor
     work: Mapping[int, torch.Tensor]
     backend: str
+    memories: torch.Tensor | None = None
 
 
 def attention(
@@ -74,6 +75,7 @@ def attention(
         antefix.pool.values[layer],
         antefix.slots,
         antefix.work[window],
+        antefix.memories,
         window,
         scaling,
         softcap or 0.0,
@@ -90,15 +92,19 @@ def _attend(
     values: torch.Tensor,
     slots: torch.Tensor,
     work: torch.Tensor,
+    memories: torch.Tensor | None,
     window: int,
     scale: float,
     softcap: float,
     backend: str,
 ) -> torch.Tensor:
-    """Writes the step's keys and values into the pool, then attends; `[T, Hq, D]`."""
+    """Writes the step's keys and values into the pool, then attends, then adds memories; `[T, Hq, D]`."""
     keys.index_copy_(0, slots, key.to(keys.dtype))
     values.index_copy_(0, slots, value.to(values.dtype))
-    return BACKENDS[backend](query, keys, values, work, window=window, scale=scale, softcap=softcap)
+    output = BACKENDS[backend](query, keys, values, work, window=window, scale=scale, softcap=softcap)
+    if memories is not None:
+        memory.add(output, query, keys, values, memories)
+    return output
 
 
 def _attend_shape(query: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -108,7 +114,7 @@ def _attend_shape(query: torch.Tensor, *_: Any) -> torch.Tensor:
 _library = torch.library.Library("antefix", "DEF")
 _library.define(
     "attend(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor work, "
-    "int window, float scale, float softcap, str backend) -> Tensor"
+    "Tensor? memories, int window, float scale, float softcap, str backend) -> Tensor"
 )
 _library.impl("attend", _attend, "CompositeExplicitAutograd")
 torch.library.register_fake("antefix::attend", _attend_shape, lib=_library)

@@ -103,10 +103,10 @@ def _own(row: Row, q_lo: int, window: int | None) -> WorkItem:
 
 
 def _prefix(row: Row, q_lo: int, window: int | None) -> WorkItem | None:
-    resident = row.sequence.resident
-    if resident is None:
-        return None
-    virtual, start = resident.extent.size, resident.extent.start
+    resident, virtual = row.sequence.resident, _virtual(row)
+    if resident is None or not virtual:
+        return None  # a memory is no tokens to attend to; see `memory`
+    start = resident.extent.start
     first, mask = 0, Mask.FULL
     if window is not None and resident.payload.slides:
         first = max(0, virtual + row.start - window + 1)
@@ -127,4 +127,4 @@ def _continues(last: WorkItem, item: WorkItem) -> bool:
 
 def _virtual(row: Row) -> int:
     resident = row.sequence.resident
-    return resident.extent.size if resident is not None else 0
+    return resident.payload.virtual_tokens if resident is not None else 0

@@ -11,6 +11,7 @@ from prefix_store.model.frozen import FrozenModel
 from prefix_store.model.prompt import encode
 from prefix_store.store import Store
 from prefix_store.tenants import DEFAULT_TENANT
+from server.engine.kv_pool import memory_slots
 from tests.server import artefacts
 from tests.server.conftest import ANSWER, Serve
 from tests.server.fakes import FakeLoop
@@ -282,14 +283,15 @@ def test_an_exact_version_can_be_asked_for(client: TestClient, store: Store, fro
     assert versions == [2, 1, 2]
 
 
-def test_a_prefix_of_a_method_that_is_not_served_is_a_clear_400(
-    client: TestClient, frozen: FrozenModel, store: Store
-) -> None:
+def test_a_memory_counts_no_virtual_tokens(client: TestClient, frozen: FrozenModel, loop: FakeLoop) -> None:
     reply = client.post("/v1/prefixes", data={"id": "plus"}, files={"file": ("x", artefacts.memory(frozen))})
-    assert reply.status_code == 400
-    assert reply.json()["error"]["param"] == "file"
-    assert "prefix_plus" in reply.json()["error"]["message"]
-    assert client.get("/v1/prefixes").json()["data"] == []
+    assert reply.status_code == 201
+    assert (reply.json()["method"], reply.json()["virtual_tokens"]) == ("prefix_plus", 0)
+    reply = client.post("/generate", json={"prompt": "x", "prefix_id": "plus"})
+    assert reply.json()["usage"]["virtual_tokens"] == 0
+    assert reply.json()["prefix"]["id"] == "plus"
+    prefix = loop.requests[-1].prefix
+    assert (prefix.feature_map, prefix.slots, prefix.position_offset) == ("elu", memory_slots(frozen.geometry), 0)
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,22 @@ def test_what_peft_cannot_say_is_400(client: TestClient, frozen: FrozenModel) ->
     assert client.get("/v1/prefixes/support/export", params={"format": "gguf"}).status_code == 400
 
 
+def test_a_memory_is_kept_and_has_no_peft_format(client: TestClient, frozen: FrozenModel) -> None:
+    data = artefacts.memory(frozen, feature_map="gelu")
+    assert upload(client, data, "plus").status_code == 201
+    assert client.get("/v1/prefixes/plus/export").content == data
+    reply = client.get("/v1/prefixes/plus/export", params={"format": "peft"})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "format")
+    assert "a prefix_plus prefix is not per-layer keys and values" in reply.json()["error"]["message"]
+    (listed,) = client.get("/v1/prefixes").json()["data"]
+    assert (listed["method"], listed["virtual_tokens"]) == ("prefix_plus", 0)
+
+
+def test_a_memory_of_another_shape_is_refused(client: TestClient) -> None:
+    reply = upload(client, artefacts.memory(tiny_frozen("qwen3")))
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "prefix_mismatch")
+
+
 def test_every_upload_is_a_new_version_and_old_ones_stay(client: TestClient, frozen: FrozenModel) -> None:
     digests = [upload(client, artefacts.native(frozen, seed=seed)).json()["digest"] for seed in (1, 2)]
     shown = [client.get(f"/v1/prefixes/{ref}").json()["digest"] for ref in ("support@1", "support@2", "support")]

@@ -17,7 +17,11 @@ from server.scheduler.scheduler import Scheduler
 from tests.server.scheduler.traffic import EOS
 
 TENANTS = "abcd"
-PREFIXES = [None, *(PrefixPayload(f"d{length}", length, length, True, None) for length in (1, 6, 17, 30))]
+PREFIXES = [
+    None,
+    *(PrefixPayload(f"d{length}", length, length, True, None) for length in (1, 6, 17, 30)),
+    *(PrefixPayload(f"m{slots}", 0, 0, True, None, feature_map="elu", memory_slots=slots) for slots in (2, 25)),
+]
 
 
 class Operations(RuleBasedStateMachine):

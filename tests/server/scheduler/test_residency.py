@@ -29,6 +29,22 @@ def test_eviction_takes_the_least_recently_used_that_nobody_reads():
     assert residency.evictions == 2
 
 
+def test_memories_and_prefixes_are_residents_alike():
+    slots = SlotAllocator(12)
+    residency = Residency(slots)
+    memory = PrefixPayload("memory", 0, 0, True, None, feature_map="elu", memory_slots=5)
+    assert (memory.slots, payload("kv", 3).slots) == (5, 3)
+    pinned = residency.admit(memory, slots.allocate(memory.slots))
+    residency.unpin(admit(residency, slots, "kv"))
+    assert (slots.used, residency.evict_one(), slots.used, residency.evict_one()) == (7, True, 5, False)
+    residency.unpin(pinned)
+    assert residency.pin("memory") is pinned
+    assert not residency.evict_one()
+    residency.unpin(pinned)
+    assert residency.evict_one()
+    assert slots.used == 0
+
+
 def test_one_digest_is_resident_once():
     slots = SlotAllocator(8)
     residency = Residency(slots)

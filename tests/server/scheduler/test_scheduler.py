@@ -235,7 +235,7 @@ def replay(plan: StepPlan, memory: dict[int, object]) -> None:
             payload, extent = sequence.resident.payload, sequence.resident.extent
             assert payload is sequence.request.prefix
             assert [memory[extent.start + i] for i in range(extent.size)] == [
-                (payload.digest, i) for i in range(payload.virtual_tokens)
+                (payload.digest, i) for i in range(payload.slots)
             ]
 
 
@@ -250,6 +250,7 @@ def test_every_row_reads_its_own_slots_under_random_traffic(seed, monkeypatch):
     wanted: dict[str, int] = {}
     got: dict[str, int] = {}
     prefixes = [PrefixPayload(f"d{i}", n, n, True, None) for i, n in enumerate([1, 3, 10, 20, 33])]
+    prefixes += [PrefixPayload(f"m{n}", 0, 0, True, None, feature_map="elu", memory_slots=n) for n in (7, 30)]
     tenants = "tuvw"[: 1 + 3 * (seed % 2)]
     for step in range(4000):
         if step < 120 and draw.random() < 0.4:

@@ -9,6 +9,7 @@ from server.scheduler.space import Space
 from tests.server.scheduler.traffic import make_request
 
 PREFIXES = [PrefixPayload(f"d{length}", length, length, True, None) for length in (2, 5, 9, 14)]
+MEMORIES = [PrefixPayload(f"m{slots}", 0, 0, True, None, feature_map="elu", memory_slots=slots) for slots in (3, 12)]
 
 
 def sequence(prompt: int = 4, new: int = 9, prefix: PrefixPayload | None = None) -> Sequence:
@@ -50,6 +51,21 @@ def test_a_prefix_is_loaded_once():
     assert space.take_transfers() == ()
 
 
+def test_a_memory_holds_slots_of_its_own_beside_its_readers_once():
+    space = Space(30)
+    first, second = sequence(prefix=MEMORIES[1]), sequence(prefix=MEMORIES[1])
+    assert space.would_fit(first, 18, [])
+    assert not space.would_fit(first, 19, [])
+    assert space.place(first, 4)
+    assert space.place(second, 4)
+    assert [transfer.extent.size for transfer in space.take_transfers()] == [12]
+    space.check_integrity([first, second])
+    assert not space.place(sequence(prefix=PREFIXES[3]), 4)  # in use, so it is not evicted
+    space.vacate(first)
+    space.vacate(second)
+    assert space.place(sequence(prefix=PREFIXES[3]), 4)
+
+
 def test_the_integrity_check_can_fail():
     space, placed = Space(10), sequence()
     space.place(placed, 4)
@@ -62,13 +78,13 @@ def test_what_would_fit_does(seed):
     draw = random.Random(seed)
     space, placed = Space(60), []
     for _ in range(40):
-        made = sequence(prefix=draw.choice([None, *PREFIXES]))
+        made = sequence(prefix=draw.choice([None, *PREFIXES, *MEMORIES]))
         if space.place(made, draw.randint(1, 12)):
             placed.append(made)
         if placed and draw.random() < 0.4:
             space.vacate(placed.pop(draw.randrange(len(placed))))
     leaving = [made for made in placed if draw.random() < 0.6]
-    wanting = sequence(prefix=draw.choice([None, *PREFIXES]))
+    wanting = sequence(prefix=draw.choice([None, *PREFIXES, *MEMORIES]))
     size = next((size for size in range(60, 0, -1) if space.would_fit(wanting, size, leaving)), None)
     if size is None:
         return
