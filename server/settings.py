@@ -32,7 +32,7 @@ class Settings(BaseSettings):
     store: str = DEFAULT_STORE
     blobs: str | None = Field(default=None, description="a folder beside the SQLite file if absent")
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
     require_prefix: bool = False
     methods: Annotated[dict[str, Path], NoDecode, BeforeValidator(jobs.method_files)] = Field(
         default={},

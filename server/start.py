@@ -33,6 +33,8 @@ from server.settings import Settings
 BUNDLED_PREFIXES = models.BUNDLED.parent / "prefixes"
 # Shares of memory. On a GPU the weights are already there and activations need the rest.
 CPU_POOL_SHARE, GPU_POOL_SHARE, LOADED_PREFIXES_SHARE = 0.25, 0.85, 0.125
+# Only the linear layers are int8; what lies between them, and the keys and values, are this.
+INT8, AROUND_INT8 = "int8", "bfloat16"
 # What running requests get to finish in once the server was told to stop.
 SHUTDOWN_SECONDS = 1
 # Prefixes whose headers are read at the start to find some that fit.
@@ -73,7 +75,9 @@ def _serve(chosen: Settings) -> None:
     address = f"http://{_bracketed(chosen.host)}:{listener.getsockname()[1]}"
     prefixes = fitting(store, frozen)
     free_slots = engine.scheduler.slots.total - engine.scheduler.slots.used
-    _run(app, listener, loop, lambda: _say(welcome.text(address, frozen, prefixes, free_slots, open_mode=open_mode)))
+    dtype = INT8 if engine.runner.int8 else str(frozen.dtype).removeprefix("torch.")
+    text = welcome.text(address, frozen, prefixes, free_slots, dtype=dtype, open_mode=open_mode)
+    _run(app, listener, loop, lambda: _say(text))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -104,11 +108,16 @@ def _load_model(chosen: Settings) -> FrozenModel:
     device = chosen.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = chosen.dtype
+    dtype: str = chosen.dtype
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
     _say(f"loading the model {chosen.model or models.BUNDLED_NAME} ({dtype} on {device}) …")
-    return models.load(chosen.model or models.BUNDLED, device=device, dtype=dtype, name=chosen.model_name)
+    return models.load(
+        chosen.model or models.BUNDLED,
+        device=device,
+        dtype=AROUND_INT8 if dtype == INT8 else dtype,
+        name=chosen.model_name,
+    )
 
 
 def seed(store: Store, folder: Path) -> None:
@@ -137,7 +146,7 @@ def _start_engine(chosen: Settings, frozen: FrozenModel) -> Engine:
     if slots < frozen.context_length:
         raise SystemExit(f"antefix: ANTEFIX_KV_SLOTS={slots} is less than the model's context, {frozen.context_length}")
     limits = Limits(slots, chosen.max_batch, chosen.step_tokens, frozen.context_length, chosen.max_waiting)
-    return Engine(frozen, limits)
+    return Engine(frozen, limits, int8=chosen.dtype == INT8)
 
 
 def _pool_budget(device: torch.device) -> int:

@@ -14,10 +14,15 @@ SAMPLE_PROMPT = "Once upon a time"
 
 
 def text(
-    address: str, frozen: FrozenModel, prefixes: Sequence[PrefixVersion], free_slots: int, *, open_mode: bool
+    address: str,
+    frozen: FrozenModel,
+    prefixes: Sequence[PrefixVersion],
+    free_slots: int,
+    *,
+    dtype: str,
+    open_mode: bool,
 ) -> str:
     """The start-up block. `prefixes`: the first `SHOWN` of the default tenant's, and one more if there are more."""
-    dtype = str(frozen.dtype).removeprefix("torch.")
     faster = "" if dtype == "float32" else " (tokens may differ from float32's)"
     names = [version.name for version in prefixes[:SHOWN]]
     more = " …" if len(prefixes) > SHOWN else ""

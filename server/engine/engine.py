@@ -20,7 +20,8 @@ from server.scheduler.scheduler import Limits, Scheduler
 class Engine:
     """The scheduler and the device behind it. One thread runs steps; see `EngineLoop`.
 
-    Takes the model over: its attention is bound to the pool, after a self-test that raises ModelUnsupported.
+    Takes the model over: its attention is bound to the pool, and its linear layers are rounded to 8-bit integers where
+    `int8` asks for it, after a self-test that raises ModelUnsupported.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class Engine:
         limits: Limits,
         *,
         backend: str | None = None,
+        int8: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.frozen = frozen
@@ -36,7 +38,7 @@ class Engine:
         self.scheduler = Scheduler(limits, eos_ids(frozen), clock)
         self.pool = KVPool(frozen.geometry, limits.slots, dtype=frozen.dtype, device=frozen.device)
         truths = self_test.plain_truths(frozen)
-        self.runner = ModelRunner(frozen, self.pool, backend or default_backend(frozen))
+        self.runner = ModelRunner(frozen, self.pool, backend or default_backend(frozen), int8=int8)
         self_test.check(self.runner, truths)
 
     def step(self) -> list[TokenEvent]:

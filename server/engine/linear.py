@@ -8,10 +8,15 @@ import torch
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from prefix_store.errors import ModelUnsupported
+from server.engine import int8_linear
+from server.engine.int8_linear import Int8Linear
+
 # Rows that the packing is tuned for; other sizes run too.
 ROWS_HINT = 64
-# Packed and plain products add up in another order.
-TOLERANCE = 1e-3
+# Packed and plain products add up in another order; the half-precision ones are rounded once more, after products of
+# up to about 16: a unit in bfloat16's last place is 0.06 there.
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 class PackedLinear(torch.nn.Module):
@@ -34,29 +39,43 @@ def pack(model: torch.nn.Module) -> int:
 
     Where packing is not to be had, or proves wrong on a sample, the model stays as it is and 0 is returned.
     """
-    if not _works(next(model.parameters())):
-        return 0
+    return _replace(model, PackedLinear) if _works(next(model.parameters())) else 0
+
+
+def quantize(model: torch.nn.Module) -> int:
+    """As `pack`, to int8. Raises ModelUnsupported where that is not to be had: it was asked for by name."""
+    parameter = next(model.parameters())
+    if parameter.device.type != "cpu":
+        raise ModelUnsupported(f"int8 is for the CPU, not for {parameter.device.type}: ask for bfloat16")
+    if not int8_linear.works():
+        raise ModelUnsupported("this torch, or this processor, has no int8 product to be trusted: ask for bfloat16")
+    return _replace(model, Int8Linear)
+
+
+def _replace(model: torch.nn.Module, kind: type[PackedLinear | Int8Linear]) -> int:
     replaced = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) in (torch.nn.Linear, Conv1D):
-                setattr(parent, name, _packed(child))
+                setattr(parent, name, _made(kind, child))
                 replaced += 1
     return replaced
 
 
-def _packed(layer: Any) -> PackedLinear:
+def _made(kind: type[PackedLinear | Int8Linear], layer: Any) -> torch.nn.Module:
     # GPT-2's Conv1D keeps the transpose, [in, out]
-    return PackedLinear(layer.weight.t() if isinstance(layer, Conv1D) else layer.weight, layer.bias)
+    return kind(layer.weight.t() if isinstance(layer, Conv1D) else layer.weight, layer.bias)
 
 
 def _works(like: torch.Tensor) -> bool:
-    if like.device.type != "cpu" or like.dtype is not torch.float32:
+    if like.device.type != "cpu" or like.dtype not in TOLERANCES:
         return False
     generator = torch.Generator().manual_seed(0)
-    weight, x, bias = (torch.randn(shape, generator=generator) for shape in ((24, 16), (5, 16), (24,)))
+    sample = (torch.randn(shape, generator=generator) for shape in ((24, 16), (5, 16), (24,)))
+    weight, x, bias = (tensor.to(like.dtype) for tensor in sample)
     try:
         packed = PackedLinear(weight, bias)(x)
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
-    return bool((packed - functional.linear(x, weight, bias)).abs().max() < TOLERANCE)
+    expected = functional.linear(x.float(), weight.float(), bias.float())
+    return packed.dtype is like.dtype and bool((packed.float() - expected).abs().max() < TOLERANCES[like.dtype])

@@ -19,13 +19,14 @@ from server.scheduler.slots import Extent
 class ModelRunner:
     """Runs the unmodified `forward` of a transformers model on packed tokens, with attention over the pool."""
 
-    def __init__(self, frozen: FrozenModel, pool: KVPool, backend: str) -> None:
+    def __init__(self, frozen: FrozenModel, pool: KVPool, backend: str, *, int8: bool = False) -> None:
         self.frozen = frozen
+        self.int8 = int8
         self.pool = pool
         self.backend = backend
         self.windows = _windows(frozen.model)
         bind(frozen.model)
-        linear.pack(frozen.model)
+        (linear.quantize if int8 else linear.pack)(frozen.model)
         activation.fuse(frozen.model)
 
     @torch.inference_mode()

@@ -21,12 +21,20 @@ NUMERICS = "the prefix or the prompt makes this model's logits overflow (prefix_
 def sample(logits: torch.Tensor, selections: Rows[Selection]) -> list[RowResult]:
     """One result for each selection, in order. `logits` `[N, V]`. A row with non-finite logits fails alone."""
     logits = logits.float()
-    best, likeliest = logits.max(-1)  # NaN wins a maximum, so this looks at every logit
-    finite = best.isfinite().tolist()
+    likeliest = _likeliest(logits)
+    # NaN wins a maximum, so this looks at every logit
+    finite = logits.gather(-1, likeliest[:, None]).isfinite().flatten().tolist()
     sound = [s for s in selections if all(finite[s.first : s.first + s.count])]
     tokens = _choose(logits, likeliest.tolist(), [s for s in sound if s.row.samples])
     results = dict(zip(sound, _results(logits, sound, tokens), strict=True))
     return [results.get(selection, RowResult(error=NUMERICS)) for selection in selections]
+
+
+def _likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """The first of the largest logits of each row. numpy's is ten times as fast as torch's on a CPU, and the same."""
+    if logits.device.type != "cpu":
+        return logits.argmax(-1)
+    return torch.from_numpy(logits.numpy().argmax(-1))
 
 
 def _choose(logits: torch.Tensor, likeliest: list[int], selections: Rows[Selection]) -> dict[Selection, int]:

@@ -18,8 +18,11 @@ from server.scheduler.plan import RowResult
 from server.scheduler.sampling_params import SamplingParams
 from server.scheduler.scheduler import Limits, Scheduler
 
-# Largest logit difference over largest logit. Half precision rounds every layer, and in another order.
-TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+# Largest logit difference over largest logit; half precision rounds every layer, and in another order. The worst of
+# all families is 1e-6, 0.040 and 0.005, and 0.077 for int8 beside bfloat16. A prefix off by one position is 0.12 (phi)
+# to 1.2 (gpt2), so int8's is too wide for phi's: there it is the other dtypes that show it.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+INT8_TOLERANCE = 0.15
 LENGTH = 24
 PROMPT_END = 16
 PREFIX_LENGTHS = (0, 1, 8)
@@ -56,7 +59,8 @@ def check(runner: ModelRunner, truths: list[Truth]) -> None:
     A text's own beginning is a prefix whose effect the plain model tells without any notion of prefixes. Raises
     ModelUnsupported when a logit is off, or when the model does not go through the attention interface as needed.
     """
-    family, dtype = runner.frozen.geometry.family, runner.frozen.dtype
+    family = runner.frozen.geometry.family
+    tolerance = INT8_TOLERANCE if runner.int8 else TOLERANCES[runner.frozen.dtype]
     try:
         worst = _worst_difference(runner, truths)
     except ModelUnsupported as error:
@@ -66,10 +70,10 @@ def check(runner: ModelRunner, truths: list[Truth]) -> None:
             f"{family}: the model does not run through transformers' attention interface as needed: "
             f"{type(error).__name__}: {str(error)[:200]}"
         ) from error
-    if not worst <= TOLERANCES[dtype]:
+    if not worst <= tolerance:
         raise ModelUnsupported(
             f"{family}: packed rows differ from the plain model by {worst:.1e} of the largest logit "
-            f"(at most {TOLERANCES[dtype]:.0e} is rounding): it would be served wrong"
+            f"(at most {tolerance:.0e} is rounding): it would be served wrong"
         )
 
 

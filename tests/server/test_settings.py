@@ -37,7 +37,7 @@ def test_the_names_of_a_workers_own_methods_are_taken_from_their_files(monkeypat
         ("METHODS", "a/prefix.py"),
         ("PORT", "x"),
         ("PORT", "70000"),
-        ("DTYPE", "int8"),
+        ("DTYPE", "int4"),
         ("DEVICE", "tpu"),
         ("MAX_BATCH", "0"),
         ("REQUIRE_PREFIX", "?"),

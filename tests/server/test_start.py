@@ -2,11 +2,15 @@ from pathlib import Path
 
 import pytest
 
+from prefix_store.errors import ModelUnsupported
+from prefix_store.model import frozen as models
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import PrefixRef
 from prefix_store.store import Store
 from server import start
+from server.engine import int8_linear
 from server.settings import Settings
+from tests.models import save_tiny
 from tests.server import artefacts
 
 
@@ -24,6 +28,25 @@ def test_without_a_key_only_this_machine_is_let_in(store: Store) -> None:
         start.check_access(Settings(host="0.0.0.0"), store)
     store.keys.create("acme", ["generate"])
     assert start.check_access(Settings(host="0.0.0.0"), store) is False
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_the_dtype_changes_neither_what_the_model_is_nor_which_prefixes_fit(dtype: str, tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "model")
+    chosen = Settings(model=str(folder), dtype=dtype, kv_slots=512)
+    loaded = start._load_model(chosen)
+    plain = models.load(folder)
+    assert (loaded.digest, loaded.geometry) == (plain.digest, plain.geometry)
+    engine = start._start_engine(chosen, loaded)
+    assert engine.runner.int8 == (dtype == "int8")
+    assert str(engine.pool.keys.dtype) == f"torch.{'bfloat16' if dtype == 'int8' else dtype}"
+
+
+def test_int8_where_it_is_not_to_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(int8_linear, "works", lambda: False)
+    chosen = Settings(model=str(save_tiny("llama", tmp_path / "model")), dtype="int8", kv_slots=512)
+    with pytest.raises(ModelUnsupported, match="ask for bfloat16"):
+        start._start_engine(chosen, start._load_model(chosen))
 
 
 def test_bundled_prefixes_are_published_once(store: Store, frozen: FrozenModel, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 import json
 import shlex
 
+import pytest
+
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import Method, PrefixVersion
 from server import welcome
@@ -19,7 +21,7 @@ def bodies(line: str) -> list[dict[str, object]]:
 
 
 def test_the_block_says_what_is_served_and_how_much_more_fits(frozen: FrozenModel) -> None:
-    block = welcome.text(ADDRESS, frozen, versions("a", "b"), 1000, open_mode=True)
+    block = welcome.text(ADDRESS, frozen, versions("a", "b"), 1000, dtype="float32", open_mode=True)
     assert "tiny-llama, float32 on cpu, context 512" in block
     assert "a, b\n" in block
     assert "for 50 prefixes of 20 tokens" in block
@@ -28,14 +30,22 @@ def test_the_block_says_what_is_served_and_how_much_more_fits(frozen: FrozenMode
 
 def test_a_memory_has_no_length_to_count_in(frozen: FrozenModel) -> None:
     memory = PrefixVersion("default", "m", 1, "d" * 64, Method.PREFIX_PLUS, 0, 100, 0.0)
-    block = welcome.text(ADDRESS, frozen, [memory], 1000, open_mode=True)
+    block = welcome.text(ADDRESS, frozen, [memory], 1000, dtype="float32", open_mode=True)
     assert f"prefixes of {welcome.USUAL_LENGTH} tokens" in block
-    assert "prefixes of 20 tokens" in welcome.text(ADDRESS, frozen, [memory, *versions("a")], 1000, open_mode=True)
+    block = welcome.text(ADDRESS, frozen, [memory, *versions("a")], 1000, dtype="float32", open_mode=True)
+    assert "prefixes of 20 tokens" in block
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_faster_dtype_says_what_it_may_cost(frozen: FrozenModel, dtype: str) -> None:
+    block = welcome.text(ADDRESS, frozen, [], 0, dtype=dtype, open_mode=True)
+    assert f"tiny-llama, {dtype} (tokens may differ from float32's) on cpu" in block
+    assert "differ" not in welcome.text(ADDRESS, frozen, [], 0, dtype="float32", open_mode=True)
 
 
 def test_only_the_first_names_are_listed(frozen: FrozenModel) -> None:
     names = [f"p{index}" for index in range(welcome.SHOWN + 1)]
-    block = welcome.text(ADDRESS, frozen, versions(*names), 0, open_mode=False)
+    block = welcome.text(ADDRESS, frozen, versions(*names), 0, dtype="float32", open_mode=False)
     assert "p7 …" in block
     assert "p8" not in block
 

@@ -23,7 +23,7 @@ def test_the_defaults_work_without_an_environment():
 def test_the_environment_is_read_and_the_servers_variables_passed_over(monkeypatch):
     monkeypatch.setenv("ANTEFIX_MODEL", "/models/mine")
     monkeypatch.setenv("ANTEFIX_WORKER_METRICS_PORT", "0")
-    monkeypatch.setenv("ANTEFIX_DTYPE", "bfloat16")
+    monkeypatch.setenv("ANTEFIX_DTYPE", "int8")
     monkeypatch.setenv("ANTEFIX_BLOBS", "")
     chosen = settings.read()
     assert (chosen.model, chosen.worker_metrics_port, chosen.blobs) == ("/models/mine", 0, None)

@@ -11,6 +11,7 @@
 enum { PART, MASK, Q_LO, Q_HI, KV_LO, KV_HI, Q_POS, KV_POS, FIELDS }; /* WorkItem.as_tuple */
 enum { FULL = 0 };
 enum { AT_ONCE = 8 }; /* slots between two looks at another head: enough to keep its query in registers */
+enum { LINE = 64 };   /* bytes of a cache line: the processor does not foresee eight stretches read in turn, so we ask */
 
 typedef struct {
   const float *query; /* [rows, query_heads, size], any strides but the last */

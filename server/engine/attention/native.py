@@ -1,37 +1,24 @@
 """Attention on the CPU in our own C: all decoding rows of a step in one call, where torch's kernel takes one an item.
 
-`native.c` is compiled once for this machine, in about a second, and kept in the user's cache; where there is no
-compiler, or the result does not compute what `cpu` computes, there is no native backend. Longer stretches of queries
-stay with torch's kernel, which multiplies matrices.
+Where `native.c` cannot be compiled, or does not compute what `cpu` computes, there is no native backend. Longer
+stretches of queries stay with torch's kernel, which multiplies matrices.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 
+from server.engine import compiled
 from server.engine.attention import cpu, segments
 from server.engine.attention.work import FIELDS, Mask, Part, WorkItem
 
 FOLDER = Path(__file__).parent
-SOURCES = ("native.c", "native_rows.h")
+SOURCES = (FOLDER / "native.c", FOLDER / "native_rows.h")
 DTYPES = (torch.float32, torch.bfloat16)
-COMPILERS = ("cc", "gcc", "clang")
-# What -ffast-math has and NaN survives: sums in any order, and no errno.
-FLAGS = (
-    *("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-shared", "-fPIC"),
-    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
-)
-COMPILE_SECONDS = 60
 MOST_ROWS = 8  # queries of an item that are done here, one after another
 TOLERANCE = 1e-5
 
@@ -104,12 +91,8 @@ def _at(tensor: torch.Tensor) -> ctypes.c_void_p:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    path = _compiled()
-    if path is None:
-        return None
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError:
+    library = compiled.library("attention", SOURCES)
+    if library is None:
         return None
     number, pointer, real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
     library.antefix_attend.argtypes = [
@@ -131,38 +114,3 @@ def _agrees(library: ctypes.CDLL) -> bool:
     work = torch.tensor([item.as_tuple() for item in items])
     expected = segments.attend(cpu.attend_item, query, keys, values, work, window=0, scale=0.1, softcap=0.0)
     return bool((_attend(library, query, keys, values, work, 0, 0.1, 0.0) - expected).abs().max() < TOLERANCE)
-
-
-def _compiled() -> Path | None:
-    """The compiled file, from the cache or made now; None where that fails."""
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        return None
-    # -march=native means another file on another kind of processor, and a home folder may be shared between machines
-    text = "".join((FOLDER / name).read_text("utf-8") for name in SOURCES)
-    kind = f"{text}{FLAGS}{compiler}{platform.machine()}{_processor()}"
-    path = _cache() / f"attention-{hashlib.sha256(kind.encode()).hexdigest()[:16]}.so"
-    if path.exists():
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / "made.so"
-            command = [compiler, *FLAGS, str(FOLDER / SOURCES[0]), "-o", str(made), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_SECONDS)
-            os.replace(made, path)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return path
-
-
-def _cache() -> Path:
-    return Path("~/.cache/antefix/native").expanduser()
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return "".join(line for line in lines if line.startswith(("model name", "flags", "Features")))[:4000]

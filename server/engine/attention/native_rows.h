@@ -13,6 +13,7 @@ static inline __attribute__((always_inline)) void NAMED(score)(
       const NUMBER *k = (const NUMBER *)l->keys + (lo + s0) * step + h / group * size;
       for (int64_t s = 0; s < some; s++, k += step) {
         float sum = 0;
+        for (int64_t d = 0; d < size; d += LINE / (int64_t)sizeof(NUMBER)) __builtin_prefetch(k + AT_ONCE * step + d);
         for (int64_t d = 0; d < size; d++) sum += q[d] * WIDEN(k[d]);
         scores[h * count + s0 + s] = sum * l->scale;
       }
@@ -31,8 +32,10 @@ static inline __attribute__((always_inline)) void NAMED(gather)(
       const NUMBER *v = (const NUMBER *)l->values + (lo + s0) * step + h / group * size;
       const float *p = scores + h * count + s0;
       float *o = output + h * size;
-      for (int64_t s = 0; s < some; s++, v += step)
+      for (int64_t s = 0; s < some; s++, v += step) {
+        for (int64_t d = 0; d < size; d += LINE / (int64_t)sizeof(NUMBER)) __builtin_prefetch(v + AT_ONCE * step + d);
         for (int64_t d = 0; d < size; d++) o[d] += p[s] * WIDEN(v[d]);
+      }
     }
   }
 }

@@ -18,10 +18,12 @@ from prefix_store.errors import ModelUnsupported
 from prefix_store.model import frozen
 from server.engine import self_test
 from server.engine.engine import Engine
+from server.engine.int8_linear import Int8Linear
 from server.engine.kv_pool import KVPool
 from server.engine.model_runner import ModelRunner
 from server.scheduler.scheduler import Limits
-from tests.models import tiny_frozen, tiny_tokenizer
+from tests.models import FAMILIES, tiny_frozen, tiny_tokenizer
+from tests.parity.harness import sampled
 
 LIMITS = Limits(slots=512, rows=4, step_tokens=32, context_length=128, waiting=4)
 SMALL = {"vocab_size": 258, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
@@ -48,13 +50,15 @@ def test_models_outside_the_attention_interface_are_refused(family):
         Engine(build(REFUSED[family]), LIMITS)
 
 
-def test_a_model_that_takes_its_own_way_with_attention_is_refused():
-    served = tiny_frozen("llama")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
+def test_a_model_that_takes_its_own_way_with_attention_is_refused(dtype):
+    served, int8 = tiny_frozen("llama"), dtype is torch.int8
+    served.model.to(torch.bfloat16 if int8 else dtype)
     truths = self_test.plain_truths(served)
     served.model.model.layers[1].self_attn.layer_idx = 0  # two layers on one layer's keys: plausible, and wrong
-    pool = KVPool(served.geometry, 256, dtype=torch.float32, device=torch.device("cpu"))
+    pool = KVPool(served.geometry, 256, dtype=served.dtype, device=torch.device("cpu"))
     with pytest.raises(ModelUnsupported, match="would be served wrong"):
-        self_test.check(ModelRunner(served, pool, "cpu"), truths)
+        self_test.check(ModelRunner(served, pool, "cpu", int8=int8), truths)
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
@@ -65,7 +69,11 @@ def test_rotations_that_depend_on_the_batch_are_refused(rope_type, tmp_path):
         frozen._check_config(config)
 
 
-def test_bfloat16_passes_with_its_own_tolerance():
-    served = tiny_frozen("llama")
-    served.model.to(torch.bfloat16)
-    assert Engine(served, LIMITS).pool.keys.dtype is torch.bfloat16
+@pytest.mark.parametrize("family", sampled(FAMILIES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
+def test_every_dtype_passes_with_its_own_tolerance(family, dtype):
+    served, int8 = tiny_frozen(family), dtype is torch.int8
+    served.model.to(torch.bfloat16 if int8 else dtype)
+    engine = Engine(served, LIMITS, int8=int8)
+    assert engine.pool.keys.dtype is (torch.bfloat16 if int8 else dtype)
+    assert any(isinstance(module, Int8Linear) for module in served.model.modules()) == int8
