@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
-REQUESTS, PREFIXES, VIRTUAL_TOKENS, NEW_TOKENS = 64, 32, 20, 64
-PROMPT_TOKENS = (16, 128)
-GPT2_SMALL = {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
+from prefix_store.geometry import ModelGeometry
+from server.scheduler.messages import GenerationRequest, PrefixPayload
+from server.scheduler.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -21,29 +21,60 @@ class Item:
     prefix: int
 
 
-def items(seed: int = 0) -> list[Item]:
-    """The requests of W; each prefix is used by two of them."""
-    draw = random.Random(seed)
-    prefixes = [index % PREFIXES for index in range(REQUESTS)]
-    draw.shuffle(prefixes)
-    lengths = [draw.randint(*PROMPT_TOKENS) for _ in range(REQUESTS)]
-    vocabulary = GPT2_SMALL["vocab_size"]
-    return [
-        Item(tuple(draw.randrange(vocabulary) for _ in range(length)), prefix)
-        for length, prefix in zip(lengths, prefixes, strict=True)
-    ]
+@dataclass(frozen=True)
+class Workload:
+    """The numbers of a workload; W is what the defaults say."""
+
+    requests: int = 64
+    prefixes: int = 32
+    virtual_tokens: int = 20
+    prompt_tokens: tuple[int, int] = (16, 128)
+    new_tokens: int = 64
+
+    def items(self, vocabulary: int, seed: int = 0) -> list[Item]:
+        """Its requests; every prefix is used equally often."""
+        draw = random.Random(seed)
+        prefixes = [index % self.prefixes for index in range(self.requests)]
+        draw.shuffle(prefixes)
+        lengths = [draw.randint(*self.prompt_tokens) for _ in range(self.requests)]
+        return [
+            Item(tuple(draw.randrange(vocabulary) for _ in range(length)), prefix)
+            for length, prefix in zip(lengths, prefixes, strict=True)
+        ]
+
+    def params(self) -> SamplingParams:
+        """Greedy, and always as many tokens as were asked for."""
+        return SamplingParams(max_tokens=self.new_tokens, temperature=0.0, ignore_eos=True)
+
+    def requests_for(
+        self, items: Sequence[Item], payloads: Sequence[PrefixPayload] | None = None, tenant: str = ""
+    ) -> list[GenerationRequest]:
+        """The items as the engine takes them, named by their number; without payloads they are the bare model's."""
+        params = self.params()
+        return [
+            GenerationRequest(str(index), tenant, item.prompt, params, payloads[item.prefix] if payloads else None)
+            for index, item in enumerate(items)
+        ]
 
 
-def gpt2_small(attention: str, seed: int = 0) -> PreTrainedModel:
-    """A GPT-2-small-shaped model with seeded random weights, float32."""
-    torch.manual_seed(seed)
-    config = GPT2Config(**GPT2_SMALL, bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
-    return model.eval().requires_grad_(False)
+W = Workload()
 
 
-def flat_prefixes(seed: int = 1) -> torch.Tensor:
-    """`[32, P, 2 * L * d]`: prefixes in PEFT's flat layout, at the scale of real keys and values."""
-    columns = 2 * GPT2_SMALL["n_layer"] * GPT2_SMALL["n_embd"]
+def flat_prefixes(workload: Workload, geometry: ModelGeometry, seed: int = 1) -> torch.Tensor:
+    """`[N, P, 2 * L * Hkv * D]`: prefixes in PEFT's flat layout, at the scale of real keys and values."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(PREFIXES, VIRTUAL_TOKENS, columns, generator=generator)
+    return torch.randn(workload.prefixes, workload.virtual_tokens, geometry.kv_numbers_per_token, generator=generator)
+
+
+def payloads(
+    workload: Workload, geometry: ModelGeometry, dtype: torch.dtype = torch.float32, seed: int = 1
+) -> list[PrefixPayload]:
+    """The same prefixes as the engine takes them."""
+    layers, two, heads, size = geometry.kv_shape
+    flat = flat_prefixes(workload, geometry, seed).view(-1, workload.virtual_tokens, layers, two, heads, size)
+    return [payload(str(index), kv.permute(1, 2, 3, 0, 4).to(dtype)) for index, kv in enumerate(flat)]
+
+
+def payload(digest: str, kv: torch.Tensor) -> PrefixPayload:
+    """Canonical KV `[L, 2, Hkv, P, D]` as the engine takes it."""
+    return PrefixPayload(digest, kv.shape[3], kv.shape[3], slides=True, tensor=kv.contiguous())
