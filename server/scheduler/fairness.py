@@ -46,8 +46,8 @@ def turns(
 def share_out(budget: int, sequences: Iterable[Sequence]) -> list[tuple[Sequence, int]]:
     """Tokens of a step for rows with prompts to compute: for every tenant the same, as far as it has use for them.
 
-    Max-min fair: whoever wants least is served first, and what it leaves is shared by the rest. Within a tenant the
-    first comes first.
+    Max-min fair: whoever wants least is served first, and what it leaves is shared by the rest. Within a tenant half
+    goes to whoever came first and the other to whoever is done soonest, so that neither waits for all of the other.
     """
     by_tenant: defaultdict[str, list[Sequence]] = defaultdict(list)
     for sequence in sequences:
@@ -56,12 +56,22 @@ def share_out(budget: int, sequences: Iterable[Sequence]) -> list[tuple[Sequence
     groups = sorted(by_tenant.values(), key=lambda group: sum(sequence.remaining for sequence in group))
     for index, group in enumerate(groups):
         share = -(-budget // (len(groups) - index))
-        for sequence in group:
-            if count := min(share, sequence.remaining):
-                chunks.append((sequence, count))
-                share -= count
-                budget -= count
+        for sequence, count in _within(group, share):
+            chunks.append((sequence, count))
+            budget -= count
     return chunks
+
+
+def _within(group: list[Sequence], share: int) -> list[tuple[Sequence, int]]:
+    """One tenant's tokens, in order of arrival."""
+    first = group[0]
+    counts = {first: min(-(-share // 2), first.remaining)}
+    share -= counts[first]
+    for sequence in sorted(group, key=lambda sequence: sequence.remaining):
+        more = min(share, sequence.remaining - counts.get(sequence, 0))
+        counts[sequence] = counts.get(sequence, 0) + more
+        share -= more
+    return [(sequence, counts[sequence]) for sequence in group if counts[sequence]]
 
 
 def newest_of_most(candidates: list[Sequence], rows: Counter[str]) -> Sequence:

@@ -4,8 +4,10 @@ A step is `plan = schedule()`, the engine runs it, `events = commit(plan, result
 
 1. a tenant that waits and has no row is let in, if need be at the cost of the newest row of whoever has the most;
 2. rows that decode go on, one token each;
-3. prompts that have begun go on, in chunks: what is left of the token budget is shared equally between tenants;
-4. with the rest, whoever waits is admitted, least service first; within a tenant, in order of arrival.
+3. prompts that have begun go on, in chunks: what is left of the token budget is shared equally between tenants, and
+   while others decode it is no more than makes the step take twice as long;
+4. with the rest, and with half of it where a single prompt has begun, whoever waits is admitted, least service first;
+   within a tenant, in order of arrival.
 
 When slots run out, prefixes nobody reads are evicted first; then rows are preempted: their own tokens are computed
 again later, their prefix is not, and their output is the same.
@@ -28,10 +30,13 @@ from server.scheduler.plan import Row, RowResult, StepPlan
 from server.scheduler.sequence import Sequence
 from server.scheduler.service import GENERATED_WEIGHT, Service
 from server.scheduler.space import Space
+from server.scheduler.step_cost import StepCost
 from server.scheduler.waiting import Line, WaitingQueue
 
 # Own slots reserved beyond the prompt at admission; a longer answer doubles its extent as it grows.
 HEADROOM = 64
+# Prompts that have piled up are computed in about so many steps, however long these take.
+BACKLOG_STEPS = 128
 
 
 class Scheduler:
@@ -47,6 +52,8 @@ class Scheduler:
         self.preemptions = 0
         self._sequences: dict[str, Sequence] = {}
         self._pace = Pace()
+        self._step_cost = StepCost()
+        self._planned_at = 0.0
         self._most_rows = min(limits.rows, limits.step_tokens)  # every row takes at least a token of the step
         self._allowance = GENERATED_WEIGHT * limits.context_length  # the longest request costs no more
         self._eos_ids = eos_ids
@@ -85,16 +92,19 @@ class Scheduler:
         self._let_in()
         rows = self._decode_rows()
         prompts = [sequence for sequence in self.running if sequence.remaining > 1]
-        chunks = fairness.share_out(self.limits.step_tokens - len(rows), prompts)
-        rows += [Row(sequence, sequence.computed, count) for sequence, count in chunks]
-        budget = self.limits.step_tokens - sum(row.count for row in rows)
-        while budget > 0 and (sequence := self._admit_next()):
-            rows.append(Row(sequence, sequence.computed, min(budget, sequence.remaining)))
-            budget -= rows[-1].count
+        budget = self._prompt_budget(len(rows), prompts)
+        # a single prompt does not hold up those behind it, however long it is
+        beside = self._admit(budget // 2) if len(prompts) == 1 else []
+        budget -= _tokens(beside)
+        chunks = [Row(sequence, sequence.computed, count) for sequence, count in fairness.share_out(budget, prompts)]
+        rows += chunks + beside + self._admit(budget - _tokens(chunks))
+        self._planned_at = self._clock()
         return StepPlan(self.space.take_transfers(), tuple(rows))
 
     def commit(self, plan: StepPlan, results: Iterable[RowResult]) -> list[TokenEvent]:
         """Applies what the rows of a plan produced, in the plan's order."""
+        if plan.rows and not plan.transfers:
+            self._step_cost.note(_tokens(plan.rows), self._clock() - self._planned_at)
         events = [self._commit_row(row, result) for row, result in zip(plan.rows, results, strict=True)]
         return [event for event in events if event is not None]
 
@@ -120,6 +130,15 @@ class Scheduler:
         assert len(in_flight) == len(self._sequences), "a sequence is in two places"
         assert all(s.extent is None and s.resident is None for s in self.waiting), "a waiting sequence holds slots"
 
+    def _prompt_budget(self, decoding: int, prompts: list[Sequence]) -> int:
+        """Tokens of this step for prompts: all that there is room for, or as few as those who decode can bear."""
+        budget = self.limits.step_tokens - decoding
+        bearable = self._step_cost.equivalent(decoding) if decoding else None
+        if bearable is None:
+            return budget
+        backlog = sum(sequence.remaining for sequence in (*prompts, *self.waiting))
+        return min(budget, max(1, bearable, backlog // BACKLOG_STEPS))
+
     def _let_in(self) -> None:
         while self.waiting and (len(self.running) < self._most_rows or self._can_make_way()):
             entitled, _ = self._turns()
@@ -129,6 +148,13 @@ class Scheduler:
     def _can_make_way(self) -> bool:
         rows = fairness.rows_by_tenant(self.running)
         return len(rows) < len(self.running) or any(line.tenant in rows for line in self.waiting.lines)
+
+    def _admit(self, budget: int) -> list[Row]:
+        rows: list[Row] = []
+        while budget > 0 and (sequence := self._admit_next()):
+            rows.append(Row(sequence, sequence.computed, min(budget, sequence.remaining)))
+            budget -= rows[-1].count
+        return rows
 
     def _admit_next(self) -> Sequence | None:
         if len(self.running) == self._most_rows:
@@ -248,6 +274,10 @@ class Scheduler:
         if token_id in sequence.end_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if sequence.generated + 1 >= sequence.request.params.max_tokens else None
+
+
+def _tokens(rows: Iterable[Row]) -> int:
+    return sum(row.count for row in rows)
 
 
 def _size(sequence: Sequence) -> int:

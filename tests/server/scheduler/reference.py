@@ -50,13 +50,21 @@ class Reference:
         while self._let_one_in():
             pass
         rows = [(asked, 1) for asked in self.running if asked.left == 1]
-        rows += self._prompts(self.step_tokens - len(rows))
-        budget = self.step_tokens - sum(count for _, count in rows)
+        budget = self.step_tokens - len(rows)
+        prompts = [asked for asked in self.running if asked.left > 1]
+        beside = self._admitted(budget // 2) if len(prompts) == 1 else []
+        budget -= sum(count for _, count in beside)
+        chunks = self._prompts(budget, prompts)
+        rows += chunks + beside + self._admitted(budget - sum(count for _, count in chunks))
+        return [(asked.name, asked.done, count) for asked, count in rows]
+
+    def _admitted(self, budget: int) -> list[tuple[Asked, int]]:
+        rows = []
         while budget > 0 and len(self.running) < self.rows and (tenant := self._next()):
             asked = self._admit(tenant)
             rows.append((asked, min(budget, asked.left)))
             budget -= rows[-1][1]
-        return [(asked.name, asked.done, count) for asked, count in rows]
+        return rows
 
     def commit(self, plan: list[tuple[str, int, int]], ended: set[str]) -> None:
         """`ended`: who sampled a token that ends it."""
@@ -148,12 +156,11 @@ class Reference:
             del self.lines[asked.tenant]
             self.last_to_wait = asked.tenant
 
-    def _prompts(self, budget: int) -> list[tuple[Asked, int]]:
+    def _prompts(self, budget: int, prompts: list[Asked]) -> list[tuple[Asked, int]]:
         """Deals tokens out one at a time, round and round the tenants, who wants least first."""
         wanting: dict[str, list[Asked]] = {}
-        for asked in self.running:
-            if asked.left > 1:
-                wanting.setdefault(asked.tenant, []).append(asked)
+        for asked in prompts:
+            wanting.setdefault(asked.tenant, []).append(asked)
         wants = {tenant: sum(asked.left for asked in line) for tenant, line in wanting.items()}
         order = sorted(wants, key=lambda tenant: wants[tenant])
         dealt: Counter[str] = Counter()
@@ -164,8 +171,16 @@ class Reference:
                     budget -= 1
         rows = []
         for tenant in order:
-            for asked in wanting[tenant]:
-                if count := min(dealt[tenant], asked.left):
-                    rows.append((asked, count))
-                    dealt[tenant] -= count
+            rows += self._within(wanting[tenant], dealt[tenant])
         return rows
+
+    def _within(self, line: list[Asked], dealt: int) -> list[tuple[Asked, int]]:
+        """Half of a tenant's tokens to its first prompt, then one after another to whoever needs fewest."""
+        given: Counter[str] = Counter()
+        for turn in range(dealt):
+            open_ones = [asked for asked in line if given[asked.name] < asked.left]
+            if turn < -(-dealt // 2) and line[0] in open_ones:
+                given[line[0].name] += 1
+            else:
+                given[min(open_ones, key=lambda asked: asked.left).name] += 1
+        return [(asked, given[asked.name]) for asked in line if given[asked.name]]

@@ -81,10 +81,14 @@ def test_shares_are_those_of_dealing_tokens_out_one_by_one(budget, prompts):
         given_out[sequence.request.tenant] += count
     assert given_out == dealt
     for tenant in wants:
-        # in order within a tenant: only the last one of those served is cut short
-        own = [(s, c) for s, c in chunks if s.request.tenant == tenant]
-        assert [s for s, _ in own] == [s for s in sequences if s.request.tenant == tenant][: len(own)]
-        assert all(count == sequence.remaining for sequence, count in own[:-1])
+        # within a tenant at least half goes to the first, and of the others only one is cut short: none shorter waits
+        own = {s: c for s, c in chunks if s.request.tenant == tenant}
+        first, *others = (s for s in sequences if s.request.tenant == tenant)
+        assert own.get(first, 0) >= min(first.remaining, -(-dealt[tenant] // 2))
+        assert list(own) == [s for s in (first, *others) if s in own]
+        served = sorted(others, key=lambda s: s.remaining)[: len(own.keys() - {first})]
+        assert own.keys() - {first} == set(served)
+        assert all(own[s] == s.remaining for s in served[:-1])
 
 
 def test_rows_are_taken_from_who_has_most_newest_first_and_one_is_left():
