@@ -62,19 +62,34 @@ class Residency:
         assert resident.pins > 0, "unpinned more often than pinned"
         resident.pins -= 1
 
-    def evict_one(self) -> bool:
-        """Frees the slots of the least recently used unpinned prefix; False if there is none."""
-        for digest, resident in self._residents.items():
-            if resident.pins == 0:
-                self._slots.release(resident.extent)
-                del self._residents[digest]
-                self.evictions += 1
-                return True
-        return False
+    def evict(self, size: int) -> bool:
+        """Evicts unpinned prefixes so that `size` slots in one run are free; False, evicting none, if that cannot be.
 
-    def idle_extents(self) -> list[Extent]:
-        """The slots of what nobody reads."""
-        return [resident.extent for resident in self._residents.values() if resident.pins == 0]
+        Of all runs that would do, the one whose most recently used prefix was used the longest ago: prefixes that lie
+        apart are not evicted one by one until some happen to lie together.
+        """
+        ages = {r.extent: age for age, r in enumerate(self._residents.values()) if r.pins == 0}
+        run: list[Extent] = []
+        best: tuple[int, list[Extent]] | None = None
+        for extent in sorted([*self._slots.free, *ages], key=lambda extent: extent.start):
+            if run and run[-1].end != extent.start:
+                run.clear()
+            run.append(extent)
+            while extent.end - run[0].end >= size:
+                run.pop(0)
+            if extent.end - run[0].start >= size:
+                youngest = max(ages.get(extent, -1) for extent in run)
+                if best is None or youngest < best[0]:
+                    best = youngest, list(run)
+        if best is None:
+            return False
+        digests = {resident.extent: digest for digest, resident in self._residents.items()}
+        for extent in best[1]:
+            if extent in ages:
+                self._slots.release(extent)
+                del self._residents[digests[extent]]
+                self.evictions += 1
+        return True
 
     def clear(self) -> None:
         """Forgets every prefix; none may be pinned."""

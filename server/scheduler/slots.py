@@ -1,4 +1,4 @@
-"""Contiguous extents of KV-pool slots: first fit, growth in place, coalescing."""
+"""Contiguous extents of KV-pool slots: first fit from either end, growth in place, coalescing."""
 
 from __future__ import annotations
 
@@ -33,12 +33,15 @@ class SlotAllocator:
         """Slots that are held."""
         return sum(extent.size for extent in self._held.values())
 
-    def allocate(self, size: int) -> Extent | None:
-        """The lowest extent of exactly `size` slots, or None if no free run is long enough."""
-        for index, free in enumerate(self._free):
+    def allocate(self, size: int, *, high: bool = False) -> Extent | None:
+        """The lowest or the highest extent of exactly `size` slots, or None if no free run is long enough."""
+        places = range(len(self._free))
+        for index in reversed(places) if high else places:
+            free = self._free[index]
             if free.size >= size:
-                self._take(index, size)
-                return self._hold(Extent(free.start, size))
+                extent = Extent(free.end - size if high else free.start, size)
+                self._take(index, extent)
+                return self._hold(extent)
         return None
 
     def grow(self, extent: Extent, size: int) -> Extent | None:
@@ -47,7 +50,7 @@ class SlotAllocator:
         missing = size - extent.size
         if index == len(self._free) or self._free[index].start != extent.end or self._free[index].size < missing:
             return None
-        self._take(index, missing)
+        self._take(index, Extent(extent.end, missing))
         return self._hold(Extent(extent.start, size))
 
     def release(self, extent: Extent) -> None:
@@ -63,6 +66,11 @@ class SlotAllocator:
             start = self._free.pop(index - 1).start
             index -= 1
         self._free.insert(index, Extent(start, end - start))
+
+    @property
+    def free(self) -> list[Extent]:
+        """The free runs, lowest first."""
+        return list(self._free)
 
     def longest_run(self, extents: Iterable[Extent]) -> int:
         """The longest free run there would be if these held extents were released too."""
@@ -85,12 +93,14 @@ class SlotAllocator:
         ends = {free.end for free in self._free}
         assert not any(free.start in ends for free in self._free), "two free extents touch"
 
-    def _take(self, index: int, size: int) -> None:
+    def _take(self, index: int, extent: Extent) -> None:
+        """Cuts an extent off either end of a free run."""
         free = self._free[index]
-        if free.size == size:
+        if free.size == extent.size:
             self._free.pop(index)
         else:
-            self._free[index] = Extent(free.start + size, free.size - size)
+            start = extent.end if extent.start == free.start else free.start
+            self._free[index] = Extent(start, free.size - extent.size)
 
     def _hold(self, extent: Extent) -> Extent:
         self._held[extent.start] = extent

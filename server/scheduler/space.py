@@ -104,16 +104,18 @@ class Space:
 
     def _pin(self, payload: PrefixPayload) -> Resident | None:
         resident = self.residency.pin(payload.digest)
-        if resident is None and (extent := self._allocate(payload.slots)) is not None:
+        if resident is None and (extent := self._allocate(payload.slots, high=True)) is not None:
             resident = self.residency.admit(payload, extent)
             self._transfers.append(Load(payload, extent))
         return resident
 
-    def _allocate(self, size: int) -> Extent | None:
-        """Slots, at the cost of idle prefixes if that helps; evicting them for nothing would only load them again."""
-        extent = self.slots.allocate(size)
-        if extent is None and self.slots.longest_run(self.residency.idle_extents()) < size:
-            return None
-        while extent is None and self.residency.evict_one():
-            extent = self.slots.allocate(size)
+    def _allocate(self, size: int, *, high: bool = False) -> Extent | None:
+        """Slots, at the cost of idle prefixes if that helps.
+
+        Prefixes lie at the high end and rows at the low one: small extents that stay would cut up what large ones that
+        come and go need in one piece.
+        """
+        extent = self.slots.allocate(size, high=high)
+        if extent is None and self.residency.evict(size):
+            extent = self.slots.allocate(size, high=high)
         return extent

@@ -16,6 +16,16 @@ def test_first_fit_and_coalescing():
     assert slots.used == 10
 
 
+def test_what_is_taken_from_the_high_end_leaves_the_low_end_whole():
+    slots = SlotAllocator(10)
+    a, b = slots.allocate(2, high=True), slots.allocate(3, high=True)
+    assert (a, b, slots.allocate(5), slots.allocate(1, high=True)) == (Extent(8, 2), Extent(5, 3), Extent(0, 5), None)
+    slots.release(a)
+    assert slots.allocate(2, high=True) == a
+    slots.release(b)
+    assert (slots.allocate(1, high=True), slots.free) == (Extent(7, 1), [Extent(5, 2)])
+
+
 def test_growth_keeps_the_start_and_needs_the_very_next_slots():
     slots = SlotAllocator(10)
     a = slots.allocate(2)
@@ -42,11 +52,15 @@ def test_the_integrity_check_can_fail():
         slots.check_integrity()
 
 
-@given(st.lists(st.tuples(st.sampled_from(["allocate", "release", "grow"]), st.integers(1, 9)), max_size=80))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["allocate", "allocate high", "release", "grow"]), st.integers(1, 9)), max_size=80
+    )
+)
 def test_random_operations_never_lose_or_share_a_slot(operations):
     slots, held = SlotAllocator(24), []
     for verb, number in operations:
-        if verb == "allocate" and (extent := slots.allocate(number)):
+        if verb.startswith("allocate") and (extent := slots.allocate(number, high=verb == "allocate high")):
             held.append(extent)
         elif verb == "release" and held:
             slots.release(held.pop(number % len(held)))
