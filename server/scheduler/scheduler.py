@@ -5,7 +5,7 @@ A step is `plan = schedule()`, the engine runs it, `events = commit(plan, result
 1. a tenant that waits and has no row is let in, if need be at the cost of the newest row of whoever has the most;
 2. rows that decode go on, one token each;
 3. prompts that have begun go on, in chunks: what is left of the token budget is shared equally between tenants, and
-   while others decode it is no more than makes the step take twice as long;
+   while others decode it is no more than makes the step take twice as long, unless prompts have piled up;
 4. with the rest, and with half of it where a single prompt has begun, whoever waits is admitted, least service first;
    within a tenant, in order of arrival.
 
@@ -35,8 +35,9 @@ from server.scheduler.waiting import Line, WaitingQueue
 
 # Own slots reserved beyond the prompt at admission; a longer answer doubles its extent as it grows.
 HEADROOM = 64
-# Prompts that have piled up are computed in about so many steps, however long these take.
-BACKLOG_STEPS = 128
+# While others decode, prompts get at least so many tokens of a step, and at least this part of all that piled up.
+LEAST_CHUNK = 16
+BACKLOG_PART = 128
 
 
 class Scheduler:
@@ -104,7 +105,9 @@ class Scheduler:
     def commit(self, plan: StepPlan, results: Iterable[RowResult]) -> list[TokenEvent]:
         """Applies what the rows of a plan produced, in the plan's order."""
         if plan.rows and not plan.transfers:
-            self._step_cost.note(_tokens(plan.rows), self._clock() - self._planned_at)
+            decoding = sum(row.sequence.remaining == 1 for row in plan.rows)
+            prompt_tokens = _tokens(plan.rows) - decoding
+            self._step_cost.note(decoding, prompt_tokens, self._clock() - self._planned_at)
         events = [self._commit_row(row, result) for row, result in zip(plan.rows, results, strict=True)]
         return [event for event in events if event is not None]
 
@@ -133,11 +136,12 @@ class Scheduler:
     def _prompt_budget(self, decoding: int, prompts: list[Sequence]) -> int:
         """Tokens of this step for prompts: all that there is room for, or as few as those who decode can bear."""
         budget = self.limits.step_tokens - decoding
-        bearable = self._step_cost.equivalent(decoding) if decoding else None
+        bearable = self._step_cost.bearable(decoding) if decoding else None
         if bearable is None:
             return budget
         backlog = sum(sequence.remaining for sequence in (*prompts, *self.waiting))
-        return min(budget, max(1, bearable, backlog // BACKLOG_STEPS))
+        tenants = len(fairness.rows_by_tenant(prompts))
+        return min(budget, max(LEAST_CHUNK, 2 * tenants, bearable, backlog // BACKLOG_PART))
 
     def _let_in(self) -> None:
         while self.waiting and (len(self.running) < self._most_rows or self._can_make_way()):

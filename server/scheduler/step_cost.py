@@ -1,15 +1,18 @@
-"""What a step costs by its tokens, learnt from the steps that ran, and so how long a chunk of prompt delays the others.
+"""What steps cost, learnt from those that ran, and so how large a chunk of prompt those who decode can bear.
 
-Seconds are a line in tokens, `a + b × tokens`: the weights are read once, every token is multiplied with them. Both
-differ a thousandfold between a CPU and a GPU, so neither is set.
+A step without prompts takes some seconds for so many rows; every prompt token adds some more. Both differ a
+thousandfold between a CPU and a GPU, so neither is set. Whatever size of chunk is allowed is what runs and is measured
+next, so a wrong guess corrects itself.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Of the newest step in its size's mean. One slow step among many should not count for much.
+# Of the newest step in a running mean.
 WEIGHT = 0.1
+# A step slower than so many times what was expected counts as that: something else held the machine.
+OUTLIER = 4.0
 
 
 @dataclass
@@ -17,36 +20,53 @@ class _Mean:
     tokens: float
     seconds: float
 
+    def add(self, tokens: float, seconds: float) -> None:
+        self.tokens += WEIGHT * (tokens - self.tokens)
+        self.seconds += WEIGHT * (seconds - self.seconds)
+
 
 class StepCost:
-    """Running means of steps of similar size, one for each power of two, and the line through them."""
+    """Running means: of steps that only decode, one for each power of two of rows, and of what prompt tokens add."""
 
     def __init__(self) -> None:
-        self._means: dict[int, _Mean] = {}
+        self._decoding: dict[int, _Mean] = {}
+        self._added: _Mean | None = None
+        self._has_begun = False
 
-    def note(self, tokens: int, seconds: float) -> None:
-        """A step of so many tokens took so long."""
-        size = tokens.bit_length()
-        mean = self._means.setdefault(size, _Mean(tokens, seconds))
-        mean.tokens += WEIGHT * (tokens - mean.tokens)
-        mean.seconds += WEIGHT * (seconds - mean.seconds)
+    def note(self, decoding: int, prompt_tokens: int, seconds: float) -> None:
+        """A step with so many rows that decode, and so many tokens of prompts, took so long."""
+        if seconds <= 0:
+            return  # a clock that stands still, as in tests, tells nothing
+        if prompt_tokens == 0:
+            mean = self._decoding.setdefault(decoding.bit_length(), _Mean(decoding, seconds))
+            mean.add(decoding, min(seconds, OUTLIER * mean.seconds))
+            return
+        alone = self._alone(decoding)
+        if alone is None or not self._has_begun:
+            self._has_begun = True  # the first one pays for what is warm afterwards
+            return
+        added = seconds - alone
+        if self._added is None:
+            self._added = _Mean(prompt_tokens, added)
+        elif (each := self._each()) is not None:
+            added = min(added, OUTLIER * each * prompt_tokens)
+        self._added.add(prompt_tokens, added)
 
-    def equivalent(self, tokens: int) -> int | None:
-        """How many more tokens would make a step of so many take twice as long; None as long as nobody can tell."""
-        line = self._line()
-        if line is None:
+    def bearable(self, decoding: int) -> int | None:
+        """Prompt tokens that make a step of so many rows take twice as long; None as long as nobody can tell."""
+        alone, each = self._alone(decoding), self._each()
+        return int(alone / each) if alone is not None and each is not None else None
+
+    def _alone(self, decoding: int) -> float | None:
+        """Seconds of a step that only decodes, from the mean of the most similar number of rows."""
+        if not self._decoding or not decoding:
             return None
-        fixed, each = line
-        return int((fixed + each * tokens) / each)
+        size = min(self._decoding, key=lambda size: (abs(size - decoding.bit_length()), size))
+        mean, each = self._decoding[size], self._each() or 0.0
+        return max(mean.seconds / 2, mean.seconds + each * (decoding - mean.tokens))
 
-    def _line(self) -> tuple[float, float] | None:
-        """(a, b) by least squares through the means; None for fewer than two sizes, or where more takes no longer."""
-        means = list(self._means.values())
-        if len(means) < 2:
+    def _each(self) -> float | None:
+        """Seconds that a prompt token adds."""
+        if self._added is None or self._added.seconds <= 0:
             return None
-        middle = sum(mean.tokens for mean in means) / len(means)
-        height = sum(mean.seconds for mean in means) / len(means)
-        each = sum((mean.tokens - middle) * (mean.seconds - height) for mean in means) / sum(
-            (mean.tokens - middle) ** 2 for mean in means
-        )
-        return (max(0.0, height - each * middle), each) if each > 0 else None
+        return self._added.seconds / self._added.tokens

@@ -10,42 +10,68 @@ from server.scheduler.step_cost import StepCost
 from tests.server.scheduler.test_scheduler import Clock, make, request
 
 
-@pytest.mark.parametrize(("fixed", "each"), [(0.010, 0.001), (0.004, 0.00001), (0.0, 0.002)])
-def test_a_line_is_found(fixed: float, each: float) -> None:
-    cost = StepCost()
-    for tokens in (1, 3, 8, 40, 300, 8, 3) * 20:
-        cost.note(tokens, fixed + each * tokens)
-    assert cost.equivalent(16) == pytest.approx(fixed / each + 16, rel=0.02, abs=1)
+def learn(cost: StepCost, fixed: float, each: float, steps: int = 60, most: int = 400) -> None:
+    """Steps as a server has them: many that only decode, and chunks as large as they may be."""
+    for index in range(steps):
+        decoding = 1 + index % 20
+        cost.note(decoding, 0, fixed + each * decoding)
+        if index % 3 == 0:
+            chunk = min(most, max(16, cost.bearable(decoding) or most))
+            cost.note(decoding, chunk, fixed + each * (decoding + chunk))
 
 
-def test_steps_of_one_size_tell_nothing_and_forget_nothing() -> None:
+@pytest.mark.parametrize(("fixed", "each"), [(0.010, 0.001), (0.004, 0.00001), (0.001, 0.002)])
+def test_as_many_prompt_tokens_as_double_the_step(fixed: float, each: float) -> None:
     cost = StepCost()
+    learn(cost, fixed, each)
+    assert cost.bearable(12) == pytest.approx(fixed / each + 12, rel=0.05, abs=2)
+    assert cost.bearable(100) == pytest.approx(fixed / each + 100, rel=0.05, abs=2), "no step was like this"
+
+
+def test_nobody_can_tell_without_both_kinds_of_step() -> None:
+    cost = StepCost()
+    cost.note(0, 400, 0.4)
+    assert cost.bearable(8) is None
     for _ in range(50):
-        cost.note(8, 0.1)
-    assert cost.equivalent(8) is None
-    cost.note(100, 0.2)
-    before = cost.equivalent(8)
-    for _ in range(10_000):
-        cost.note(8, 0.1)
-    assert cost.equivalent(8) == before
+        cost.note(8, 0, 0.1)
+    assert cost.bearable(8) is None
 
 
-def test_more_tokens_in_no_more_time_are_no_line() -> None:
+def test_prompts_that_cost_nothing_are_not_held_back() -> None:
     cost = StepCost()
-    for tokens in (1, 100):
-        cost.note(tokens, 0.1)
-    assert cost.equivalent(1) is None
+    for _ in range(9):
+        cost.note(8, 0, 0.1)
+        cost.note(8, 100, 0.1)
+    assert cost.bearable(8) is None
 
 
-def test_one_slow_step_counts_for_a_tenth() -> None:
+@pytest.mark.parametrize("seconds", [0.1, 2.0, 100.0])
+@pytest.mark.parametrize("when", [0, 1, 2, 40])
+def test_an_outlier_is_forgotten_by_the_steps_that_it_still_allows(seconds: float, when: int) -> None:
     cost = StepCost()
-    for tokens in (10, 100) * 50:
-        cost.note(tokens, tokens / 1000)
-    cost.note(100, 1.0)
-    assert cost.equivalent(10) == pytest.approx(10, abs=6)
+    for index in range(when):
+        cost.note(8, 0, 0.0108)
+        cost.note(8, 100, 0.0208 + index * 1e-9)
+    cost.note(8, 0, 0.0108)
+    cost.note(8, 400, seconds)
+    learn(cost, 0.010, 0.0001, steps=400)
+    assert cost.bearable(8) == pytest.approx(108, rel=0.1)
+    for _ in range(3):
+        cost.note(8, 0, seconds)
+    learn(cost, 0.010, 0.0001, steps=100)
+    assert cost.bearable(8) == pytest.approx(108, rel=0.1)
 
 
-def step(scheduler: Scheduler, clock: Clock, fixed: float = 0.010, each: float = 0.001) -> list[int]:
+@pytest.mark.parametrize("seconds", [0.0, -1.0])
+def test_a_clock_that_does_not_move_tells_nothing(seconds: float) -> None:
+    cost = StepCost()
+    for _ in range(5):
+        cost.note(8, 0, seconds)
+        cost.note(8, 100, seconds)
+    assert cost.bearable(8) is None
+
+
+def step(scheduler: Scheduler, clock: Clock, fixed: float = 0.020, each: float = 0.001) -> list[int]:
     """One step that takes what its tokens cost; the tokens of each row."""
     plan = scheduler.schedule()
     counts = [row.count for row in plan.rows]
@@ -55,13 +81,16 @@ def step(scheduler: Scheduler, clock: Clock, fixed: float = 0.010, each: float =
 
 
 def warm(**limits: int) -> tuple[Scheduler, Clock]:
-    """A scheduler that has seen steps of several sizes."""
+    """A scheduler that has seen prompts beside eight rows that decode."""
     clock = Clock()
     scheduler = make(clock, slots=20_000, context_length=10_000, step_tokens=512, rows=64, waiting=500, **limits)
-    for index, prompt in enumerate((3, 20, 100, 400)):
-        scheduler.add(request(f"warm {index}", prompt=prompt, new=2), seed=0)
-        while scheduler.running or scheduler.waiting:
+    for index in range(8):
+        scheduler.add(request(f"warm {index}", prompt=4, new=60), seed=0)
+    for index in range(20):
+        scheduler.add(request(f"prompt {index}", prompt=50, new=1), seed=0)
+        for _ in range(4):
             step(scheduler, clock)
+    assert not scheduler.running
     return scheduler, clock
 
 
@@ -73,7 +102,7 @@ def test_a_prompt_lets_a_step_take_twice_as_long_and_no_more() -> None:
         step(scheduler, clock)
     scheduler.add(request("long", prompt=400), seed=0)
     sizes = [sum(step(scheduler, clock)) for _ in range(5)]
-    assert all(8 < size <= 2 * (10 + 8) - 10 + 2 for size in sizes), sizes
+    assert sizes == pytest.approx([8 + 28] * 5, abs=3)
 
 
 def test_a_prompt_that_delays_nobody_takes_the_whole_step() -> None:
