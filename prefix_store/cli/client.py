@@ -22,6 +22,8 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT, LIMITS = httpx.Timeout(30.0, read=None, pool=None), httpx.Limits(max_connections=None)
 CHUNK = 1 << 16
 DATA = b"data: "
+NOT_ANTEFIX = "the server does not answer as an antefix server"
+LARGEST = (1 << 63) - 1  # of a count; JSON knows numbers that no arithmetic with seconds can hold
 NO_ROUTE = ("route_not_found", "method_not_allowed")
 
 
@@ -33,7 +35,7 @@ class Reply(dict[str, Any]):
     """A JSON object of a server; one that lacks what it should have comes from another kind of server."""
 
     def __missing__(self, key: str) -> NoReturn:
-        raise Failure(f"the server does not answer as an antefix server: no {key!r} in its reply")
+        raise Failure(f"{NOT_ANTEFIX}: no {key!r} in its reply")
 
 
 class Client:
@@ -74,13 +76,18 @@ class Client:
             after = page["data"][-1][key]
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The events of a streamed reply, to its end."""
+        """The events of a streamed reply, to its end, which only a reason to finish makes one."""
+        finished = False
         with self._open("POST", path, json=body) as reply:
             for line in _lines(reply):
                 if line == DATA + b"[DONE]":
-                    return
+                    if finished:
+                        return
+                    break
                 if line.startswith(DATA):
-                    yield _event(self._read(line.removeprefix(DATA)))
+                    event = _event(self._read(line.removeprefix(DATA)))
+                    finished = finished or event["finish_reason"] is not None
+                    yield event
         raise Failure("the answer ended before its end: the server, or something on the way, closed the connection")
 
     def _json(self, method: str, path: str, **request: Any) -> dict[str, Any]:
@@ -90,7 +97,7 @@ class Client:
     def _read(self, text: bytes) -> dict[str, Any]:
         try:
             found = json.loads(text, object_hook=Reply)
-        except ValueError:
+        except (ValueError, RecursionError):  # no JSON, or thousands of digits, or of brackets
             found = None
         if not isinstance(found, dict):
             raise Failure(f"{self._url} does not answer as an antefix server: what came is no JSON object")
@@ -101,7 +108,7 @@ class Client:
         """A reply that has begun and is no error."""
         try:
             built = self._http.build_request(method, path, **request)
-        except ValueError as error:
+        except (ValueError, httpx.InvalidURL) as error:  # the latter where a server's id is part of the path
             raise Failure(_unsendable(request.get("json") or {}, error)) from error
         try:
             reply = self._send(built)
@@ -128,7 +135,7 @@ class Client:
         try:
             error = reply.json()["error"]
             message, code = str(error["message"]), error.get("code")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             message, code = "", NO_ROUTE[0]
         if code in NO_ROUTE:
             to = f" to {reply.headers['location']}" if "location" in reply.headers else ""
@@ -218,9 +225,31 @@ def _lines(reply: httpx.Response) -> Iterator[bytes]:
 
 
 def _event(event: dict[str, Any]) -> dict[str, Any]:
+    """The event, once what the commands count on is of its type. Raises Failure."""
     if "error" in event:
-        raise Failure(event["error"]["message"])
+        raise Failure(_complaint(event["error"]))
+    _demand(isinstance(event["text"], str), "'text' is no string")
+    _demand(isinstance(event["finish_reason"], str | None), "'finish_reason' is no string")
+    if event["finish_reason"] is not None:
+        usage, prefix = event["usage"], event["prefix"]
+        _demand(isinstance(usage, dict) and _is_count(usage["completion_tokens"]), "'completion_tokens' is no count")
+        known = prefix is None or (isinstance(prefix, dict) and _is_count(prefix["version"]))
+        _demand(known, "'prefix' has no version that is a number")
     return event
+
+
+def _demand(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise Failure(f"{NOT_ANTEFIX}: {otherwise}")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST  # not isinstance: True is no number here
+
+
+def _complaint(error: object) -> str:
+    message = error.get("message") if isinstance(error, dict) else error
+    return message if isinstance(message, str) and message else "the server failed and does not say why"
 
 
 def _length(reply: httpx.Response) -> int | None:
@@ -228,7 +257,7 @@ def _length(reply: httpx.Response) -> int | None:
     return int(length) if length.isdigit() else None
 
 
-def _unsendable(body: dict[str, Any], error: ValueError) -> str:
+def _unsendable(body: dict[str, Any], error: Exception) -> str:
     """Which field JSON or UTF-8 has no word for."""
     for name, value in body.items():
         if isinstance(value, float) and not math.isfinite(value):

@@ -135,7 +135,7 @@ def _row(columns: Sequence[Column], console: Console, width: int, lines: int | N
     row.add_row(*(Text(printable(column.title), "bold", overflow=overflow, no_wrap=cut) for column in columns))
     row.add_row(*(Rule(style="dim") for _ in columns))
     row.add_row(*(_body(column, console, width, lines) for column in columns))
-    row.add_row(*(Text(column.figures, "dim", overflow=overflow, no_wrap=cut) for column in columns))
+    row.add_row(*(Text(printable(column.figures), "dim", overflow=overflow, no_wrap=cut) for column in columns))
     row.add_row()
     return row
 

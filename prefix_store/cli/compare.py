@@ -55,11 +55,14 @@ def _names(lists: list[str]) -> list[str | None]:
 
 
 def _fill(server: Client, column: Column, body: dict[str, Any]) -> None:
+    """Streams an answer into its column. Whatever breaks it is the column's error: no one else hears of a thread's."""
     try:
         for event in server.stream("/generate", body | {"prefix_id": column.prefix}):
             column.take(event, time.monotonic())
     except Failure as failure:
         column.error = str(failure)
+    except Exception as error:
+        column.error = f"the answer cannot be shown: {type(error).__name__}: {error}"
 
 
 def _report(shown: list[Column]) -> None:

@@ -14,6 +14,7 @@ from urllib.parse import quote
 import typer
 
 from prefix_store.cli.client import checked, connect, fail
+from prefix_store.cli.terminal import printable
 from prefix_store.errors import InvalidName
 from prefix_store.prefix import PrefixRef
 from prefix_store.tenants import DEFAULT_TENANT
@@ -36,7 +37,8 @@ def list_all() -> None:
     with connect() as server:
         for item in server.pages("/v1/prefixes"):
             name = f"{item['id']}@{item['version']}"
-            typer.echo(f"{name}\t{item['method']}\t{item['virtual_tokens']} tokens\t{item['digest'][:12]}")
+            line = f"{name}\t{item['method']}\t{item['virtual_tokens']} tokens\t{item['digest'][:12]}"
+            typer.echo(printable(line))
 
 
 @app.command()
@@ -61,7 +63,7 @@ def push(
             fail(f"cannot read {error.filename}: {error.strerror}")
         stored = server.post("/v1/prefixes", data={"id": name}, files=files)
     note = "" if stored["base_checked"] else "; the file does not say which base model it was made for"
-    typer.echo(f"{stored['id']}@{stored['version']} {stored['digest'][:12]}{note}")
+    typer.echo(printable(f"{stored['id']}@{stored['version']} {stored['digest'][:12]}{note}"))
 
 
 @app.command()
@@ -87,7 +89,7 @@ def remove(ref: Ref) -> None:
     """Remove one version, or a prefix with all its versions."""
     with connect() as server:
         removed = server.delete(_path(ref))
-    typer.echo(f"removed {removed['id']}, versions {', '.join(map(str, removed['versions']))}")
+    typer.echo(printable(f"removed {removed['id']}, versions {', '.join(map(str, removed['versions']))}"))
 
 
 def _path(ref: str) -> str:

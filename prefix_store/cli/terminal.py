@@ -12,7 +12,7 @@ from typing import TextIO
 
 BAR_AFTER_SECONDS = 1.0
 # Everything that moves the cursor, colours, or turns the direction of writing, apart from \t and \n.
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def is_live(stream: TextIO) -> bool:

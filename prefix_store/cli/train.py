@@ -10,7 +10,7 @@ import typer
 
 from prefix_store.cli import watch
 from prefix_store.cli.client import Client, checked, connect, fail
-from prefix_store.cli.terminal import clock
+from prefix_store.cli.terminal import clock, printable
 
 FIELDS = ("prompt", "completion")
 EXPECTED = '{"prompt": "…", "completion": "…"}'
@@ -49,7 +49,7 @@ def train(
     body = {"examples": read_examples(data), **given}
     with connect() as server:
         job = server.post(f"/v1/prefixes/{name}/train", json=body)["job"]
-        typer.echo(job["id"])
+        typer.echo(printable(job["id"]))
         if wait:
             _finish(_watch(server, job))
 
@@ -97,7 +97,7 @@ def _watch(server: Client, job: dict[str, Any]) -> dict[str, Any]:
     try:
         return watch.follow(server, job)
     except KeyboardInterrupt:
-        typer.echo(f"the job goes on; to cancel it: antefix jobs cancel {job['id']}", err=True)
+        typer.echo(printable(f"the job goes on; to cancel it: antefix jobs cancel {job['id']}"), err=True)
         raise typer.Exit(130) from None
 
 
@@ -107,5 +107,6 @@ def _finish(job: dict[str, Any]) -> None:
     if job["status"] == "cancelled":
         fail("the job was cancelled")
     name = job["prefix_id"]
+    served = f"{name}@{job['version']} is served; try: antefix generate --prefix {name} 'a prompt'"
     typer.echo(f"trained in {clock(job['finished_at'] - job['started_at'])}")
-    typer.echo(f"{name}@{job['version']} is served; try: antefix generate --prefix {name} 'a prompt'")
+    typer.echo(printable(served))

@@ -13,6 +13,7 @@ from prefix_store.cli.terminal import clock, is_live, printable
 from prefix_store.jobs import JobStatus
 
 POLL_SECONDS = 0.5
+WAITS = "queued, waiting for a worker; if none runs, start one: antefix worker"
 LINES = 10  # a run, where there is no bar
 FORMS = {"train_loss": "loss {:.3f}", "valid_loss": "validation {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"}
 FINAL = frozenset(status for status in JobStatus if status.is_final)
@@ -70,15 +71,14 @@ class History:
 def numbers(job: dict[str, Any], progress: dict[str, Any]) -> str:
     """Step, losses, speed and time left, as far as they are known."""
     if "step" not in progress:
-        waits = job["status"] == JobStatus.QUEUED
-        return "queued, waiting for a worker; if none runs, start one: antefix worker" if waits else job["status"]
+        return WAITS if job["status"] == JobStatus.QUEUED else printable(job["status"])
     parts = [f"step {progress['step']}/{job['options']['steps']}"]
     for name, form in FORMS.items():
         if name in progress:
             parts.append(form.format(progress[name]))
     if "seconds_left" in progress:
         parts.append(f"{clock(progress['seconds_left'])} left")
-    return "  ".join(parts)
+    return printable("  ".join(parts))
 
 
 class _Display(Protocol):

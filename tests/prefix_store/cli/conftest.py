@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 import structlog
 import uvicorn
 from typer.testing import CliRunner, Result
 
-from prefix_store.cli import build
+from prefix_store.cli import build, client
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.model.prompt import encode
 from prefix_store.store import Store
@@ -23,7 +24,9 @@ from tests.models import tiny_frozen
 from tests.server.fakes import FakeLoop
 
 ANSWER = "Hällo 你好"
+HOSTILE, SPELT = "\x1b[2J\u200f", "\\x1b[2J\\u200f"
 Antefix = Callable[..., Result]
+Instead = Callable[[Callable[[httpx.Request], httpx.Response]], None]
 
 
 @dataclass(frozen=True)
@@ -64,3 +67,16 @@ def antefix(running: Running, monkeypatch: pytest.MonkeyPatch) -> Antefix:
         return CliRunner().invoke(build(), [str(argument) for argument in arguments])
 
     return run
+
+
+@pytest.fixture
+def instead(monkeypatch: pytest.MonkeyPatch) -> Instead:
+    """Lets the commands meet what a test answers with, instead of a server."""
+
+    def use(answer: Callable[[httpx.Request], httpx.Response]) -> None:
+        def http() -> httpx.Client:
+            return httpx.Client(base_url="http://server", transport=httpx.MockTransport(answer))
+
+        monkeypatch.setattr(client, "_http", http)
+
+    return use

@@ -65,12 +65,18 @@ def test_a_failure_is_one_line_that_moves_no_cursor(
 
 @pytest.mark.parametrize(
     ("end", "said"),
-    [('data: {"error": {"message": "broke"}}\n\ndata: [DONE]\n\n', "broke"), ("", "ended before its end")],
+    [
+        ('data: {"error": {"message": "broke"}}\n\ndata: [DONE]\n\n', "broke"),
+        ('data: {"error": "boom"}\n\n', "boom"),
+        ('data: {"error": {"message": 5}}\n\n', "the server failed and does not say why"),
+        ("", "ended before its end"),
+        ("data: [DONE]\n\n", "ended before its end"),
+    ],
 )
 def test_a_stream_that_breaks_is_a_failure(end: str, said: str) -> None:
-    text = 'data: {"text": "a"}\n\n' + end
+    text = 'data: {"text": "a", "finish_reason": null}\n\n' + end
     stream = answering(httpx.Response(200, text=text)).stream("/generate", {})
-    assert next(stream) == {"text": "a"}
+    assert next(stream)["text"] == "a"
     with pytest.raises(Failure) as caught:
         next(stream)
     assert said in str(caught.value)
@@ -148,10 +154,11 @@ def test_what_is_sent_and_received_is_told_chunk_by_chunk(monkeypatch: pytest.Mo
 
 
 def test_a_stream_s_lines_end_where_the_server_ends_them() -> None:
-    text = 'data: {"text": "a\u2028b\u0085c"}\n\ndata: [DONE]\n\n'
-    pieces = [text.encode()[start : start + 5] for start in range(0, 100, 5)]
+    closing = '"finish_reason": "stop", "prefix": null, "usage": {"completion_tokens": 3}'
+    text = f'data: {{"text": "a\u2028b\u0085c", {closing}}}\n\ndata: [DONE]\n\n'.encode()
+    pieces = [text[start : start + 5] for start in range(0, len(text), 5)]
     stream = answering(httpx.Response(200, content=iter(pieces))).stream("/generate", {})
-    assert list(stream) == [{"text": "a\u2028b\u0085c"}]
+    assert [event["text"] for event in stream] == ["a\u2028b\u0085c"]
 
 
 def test_lists_are_read_to_their_end() -> None:

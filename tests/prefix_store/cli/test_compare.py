@@ -1,3 +1,4 @@
+import json
 import os
 import pty
 import signal
@@ -6,12 +7,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
+import httpx
 import pytest
 
+from prefix_store.cli import columns, compare
 from prefix_store.model.prompt import encode
 from tests.models import random_kv
-from tests.prefix_store.cli.conftest import ANSWER, Antefix, Running
+from tests.prefix_store.cli.conftest import ANSWER, HOSTILE, SPELT, Antefix, Instead, Running
 from tests.server import artefacts
 
 COMMAND = (sys.executable, "-c", "from prefix_store.cli import main; main()", "compare")
@@ -108,6 +112,96 @@ def test_wrong_options_are_one_line(antefix: Antefix, arguments: list[str], said
     result = antefix("compare", "hi", *arguments)
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
     assert said in result.stderr
+
+
+CLOSING: dict[str, Any] = {
+    "id": "gen-x",
+    "index": 0,
+    "text": "a",
+    "finish_reason": "stop",
+    "prefix": {"id": "one", "version": 1, "digest": "d"},
+    "usage": {"completion_tokens": 1},
+}
+
+
+def streamed(*events: object) -> httpx.Response:
+    lines = [event if isinstance(event, str) else json.dumps(event) for event in (*events, "[DONE]")]
+    return httpx.Response(200, text="".join(f"data: {line}\n\n" for line in lines))
+
+
+def answering(*events: object, broken: str | None = None) -> Any:
+    """A server that streams the events; with `broken`, to this prefix alone, and to the others a sound answer."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/healthz":
+            return httpx.Response(200, json={})
+        asked = json.loads(request.content)["prefix_id"]
+        return streamed(*events) if broken in (None, asked) else streamed(CLOSING)
+
+    return answer
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        ({"text": HOSTILE}, SPELT),
+        ({"finish_reason": HOSTILE}, SPELT),
+        ({"error": {"message": HOSTILE}}, SPELT),
+        ({"error": HOSTILE}, SPELT),
+        ({"id": HOSTILE}, ""),
+        ({"prefix": {"id": HOSTILE, "version": 1, "digest": HOSTILE}}, ""),
+    ],
+)
+def test_no_field_of_an_event_moves_the_cursor(
+    antefix: Antefix, instead: Instead, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], shown: str, live: bool
+) -> None:
+    instead(answering(CLOSING | change))
+    monkeypatch.setattr(compare, "is_live", lambda stream: live)
+    result = antefix("compare", "hi", "--prefix", "one")
+    assert shown in result.stdout
+    assert not set("\x1b\u200f") & set(result.output)
+
+
+@pytest.mark.parametrize(
+    ("event", "said"),
+    [
+        ({"text": 5, "finish_reason": None}, "'text' is no string"),
+        ({"text": None, "finish_reason": None}, "'text' is no string"),
+        ({"text": "a"}, "no 'finish_reason' in its reply"),
+        ({"text": "a", "finish_reason": None}, "the answer ended before its end"),
+        ({"error": "boom"}, "boom"),
+        ({"error": None}, "the server failed and does not say why"),
+        (CLOSING | {"finish_reason": 5}, "'finish_reason' is no string"),
+        (CLOSING | {"usage": []}, "'completion_tokens' is no count"),
+        (CLOSING | {"usage": {}}, "no 'completion_tokens' in its reply"),
+        *((CLOSING | {"usage": {"completion_tokens": bad}}, "is no count") for bad in ("x", 10**400, -1, True, None)),
+        *((CLOSING | {"prefix": bad}, "'prefix' has no version") for bad in ("x", {"version": "1"}, {"version": 1.5})),
+        (["a"], "what came is no JSON object"),
+        ("[" * 100_000, "what came is no JSON object"),
+        ("[DONE]", "the answer ended before its end"),
+    ],
+)
+def test_a_broken_answer_is_its_column_s_error(antefix: Antefix, instead: Instead, event: object, said: str) -> None:
+    instead(answering(event, broken="two"))
+    result = antefix("compare", "hi", "--prefix", "one,two")
+    assert result.stdout.startswith("== one@1\na\n-- stop\n\n== two\n")
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert result.stderr.startswith("antefix: two: ")
+    assert said in result.stderr
+    assert said in result.stdout
+
+
+def test_what_nobody_foresaw_is_a_column_s_error_too(
+    antefix: Antefix, instead: Instead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take(column: columns.Column, event: dict[str, Any], now: float) -> None:
+        raise LookupError("lost")
+
+    instead(answering(CLOSING))
+    monkeypatch.setattr(columns.Column, "take", take)
+    result = antefix("compare", "hi", "--bare")
+    assert (result.exit_code, result.stderr) == (1, "antefix: the answer cannot be shown: LookupError: lost\n")
 
 
 def on_a_terminal(running: Running, *arguments: str) -> tuple[subprocess.Popen[bytes], int]:

@@ -1,8 +1,9 @@
 from pathlib import Path
 
+import httpx
 import pytest
 
-from tests.prefix_store.cli.conftest import ANSWER, Antefix, Running
+from tests.prefix_store.cli.conftest import ANSWER, Antefix, Instead, Running
 from tests.server import artefacts
 
 
@@ -34,3 +35,11 @@ def test_an_error_in_mid_text_begins_a_line(
     result = antefix("generate", "hi")
     assert (result.exit_code, result.stdout) == (1, f"{ANSWER}\n")
     assert result.stderr == "antefix: the device is gone\n"
+
+
+def test_an_answer_that_does_not_finish_is_an_error(antefix: Antefix, instead: Instead) -> None:
+    text = 'data: {"text": "a", "finish_reason": null}\n\ndata: [DONE]\n\n'
+    instead(lambda request: httpx.Response(200, text=text))
+    result = antefix("generate", "hi")
+    assert (result.exit_code, result.stdout) == (1, "a\n")
+    assert "the answer ended before its end" in result.stderr

@@ -1,8 +1,10 @@
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
-from tests.prefix_store.cli.conftest import Antefix, Running
+from tests.prefix_store.cli.conftest import HOSTILE, SPELT, Antefix, Instead, Running
 from tests.server import artefacts
 
 
@@ -64,3 +66,18 @@ def test_a_refused_file_shows_the_reason(antefix: Antefix, running: Running, tmp
     result = antefix("prefix", "push", "x", tmp_path / "bad")
     assert result.exit_code == 1
     assert "pickle" in result.stderr
+
+
+@pytest.mark.parametrize("change", [{"id": HOSTILE}, {"method": HOSTILE}, {"digest": HOSTILE}])
+def test_no_field_of_a_prefix_moves_the_cursor(
+    antefix: Antefix, instead: Instead, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    item = {"id": "a", "version": 1, "method": "prefix", "virtual_tokens": 4, "digest": "d", "base_checked": True}
+    item |= change
+    page = {"data": [item], "has_more": False, "versions": [HOSTILE]}
+    instead(lambda request: httpx.Response(200, json=item | page))
+    (tmp_path / "f").write_bytes(b"x")
+    shown = [antefix("prefix", *rest).stdout for rest in (["ls"], ["push", "a", tmp_path / "f"], ["rm", "a"])]
+    assert SPELT in shown[0]
+    assert SPELT in shown[2]
+    assert not set("\x1b\u200f") & set("".join(shown))

@@ -27,6 +27,7 @@ def screen_as_stderr(monkeypatch: pytest.MonkeyPatch) -> Terminal:
         ("\x1b[31mred\x1b]0;title\x07", "\\x1b[31mred\\x1b]0;title\\x07"),
         ("a\r\nb\rc\x08\x7f\x9b2J", "a\nb\\rc\\x08\\x7f\\x9b2J"),
         ("\u202eabc\u2066\u2028\ud800", "\\u202eabc\\u2066\\u2028\\ud800"),
+        ("a\u200eb\u200fc\u061c", "a\\u200eb\\u200fc\\u061c"),
     ],
 )
 def test_control_characters_are_spelt_out_and_nothing_else(text: str, shown: str) -> None:

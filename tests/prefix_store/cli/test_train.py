@@ -1,9 +1,11 @@
 import re
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import typer
 
@@ -11,7 +13,7 @@ from prefix_store.cli import train, watch
 from prefix_store.cli.client import Client
 from prefix_store.jobs import JobError, JobStatus, TrainingJob
 from tests.models import random_kv
-from tests.prefix_store.cli.conftest import Antefix, Running
+from tests.prefix_store.cli.conftest import HOSTILE, SPELT, Antefix, Instead, Running
 from tests.server import artefacts
 
 GOOD = '{"prompt": "2+2=", "completion": "4"}\n'
@@ -152,3 +154,73 @@ def test_a_method_that_nobody_knows_is_refused_by_the_server(antefix: Antefix, d
     result = antefix("train", "--no-wait", "--name", "sums", "--data", data, "--method", "magic")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "method" in result.stderr
+
+
+JOB: dict[str, Any] = {
+    "id": "ftjob-x",
+    "prefix_id": "sums",
+    "status": "running",
+    "version": None,
+    "attempt": 1,
+    "cancel_requested": False,
+    "progress": {},
+    "error": None,
+    "options": {"steps": 40, "method": "prefix", "init_text": None},
+}
+ENDED = {"status": "succeeded", "version": 1, "started_at": 1, "finished_at": 2}
+
+
+def one_job(begun: dict[str, Any], ended: dict[str, Any], said: str) -> Callable[[httpx.Request], httpx.Response]:
+    """A server whose only job is, asked for once more, at its end."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.method == "POST":
+            return httpx.Response(200, json={"job": begun})
+        event = {"sequence": 1, "type": "message", "data": {"message": said}}
+        listed = {"/v1/jobs": [begun, ended], "/v1/jobs/ftjob-x/events": [event]}.get(request.url.path)
+        after = request.url.params.get("after")
+        found = ended if listed is None else {"data": [] if after == "1" else listed, "has_more": False}
+        return httpx.Response(200, json=found)
+
+    return answer
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize(
+    ("begun", "ended", "said"),
+    [
+        ({"id": HOSTILE}, ENDED, ""),
+        ({}, ENDED | {"prefix_id": HOSTILE}, ""),
+        ({}, ENDED | {"version": HOSTILE}, ""),
+        ({"status": HOSTILE}, ENDED, ""),
+        ({}, {"status": "failed", "error": {"code": HOSTILE, "message": HOSTILE}}, ""),
+        ({}, ENDED, HOSTILE),
+    ],
+)
+def test_no_field_of_a_job_moves_the_cursor(
+    antefix: Antefix,
+    instead: Instead,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    begun: dict[str, Any],
+    ended: dict[str, Any],
+    said: str,
+    live: bool,
+) -> None:
+    seen = []
+    numbers = watch.numbers
+    monkeypatch.setattr(watch, "numbers", lambda *job: seen.append(numbers(*job)) or seen[-1])
+    monkeypatch.setattr(watch, "is_live", lambda stream: live)
+    instead(one_job(JOB | begun, JOB | ended, said))
+    result = antefix("train", "--name", "sums", "--data", data)
+    listed = antefix("jobs")
+    assert not isinstance(result.exception, Exception), result.exception
+    output = "".join([*seen, result.output])  # seen: what a bar shows before its end is on no output that a test has
+    assert SPELT in output or SPELT in listed.output
+    assert not set("\x1b\u200f") & set(output + listed.output)
+    assert listed.exit_code == 0
+
+
+def test_a_step_s_figures_move_no_cursor() -> None:
+    progress = {"step": HOSTILE}
+    assert watch.numbers(JOB | {"options": {"steps": HOSTILE}}, progress) == f"step {SPELT}/{SPELT}"
