@@ -1,7 +1,7 @@
 """Invented names: no list of them exists, so a reader can know one only from the text before it.
 
-A name is either for training or held out, by its own checksum: what is held out is never trained on, whatever the seed.
-The words and patterns that everything is drawn from are in `records.toml`.
+A name is either for training or held out, by its own checksum: a name that is held out is never trained on as a whole,
+whatever the seed, though its words may be part of others. What everything is drawn from is in `records.toml`.
 """
 
 from __future__ import annotations

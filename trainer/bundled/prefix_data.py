@@ -12,14 +12,15 @@ import argparse
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainer.bundled import records
 from trainer.bundled.corpus import SOURCES
 
 ROWS = {"train": 400, "dev": 60}
+GENERATED_ROWS = {"train": 3000, "dev": 60}  # there is no end of them, and telling all of a record takes practice
 SHORTEST, LONGEST = 80, 320  # characters of a row: at most about 120 tokens of the bundled vocabulary
 LOOKED_AT = 0.15  # share of the books' paragraphs that are graded: they are many
 PROMPT_WORDS = (0, 1, 2, 3, 4, 5)  # how much of a text may be given as its prompt
@@ -125,9 +126,9 @@ def reading_level(lowest: float, highest: float) -> Rows:
 
 
 def table_rows(corpus: Path, part: str, draws: random.Random) -> Iterator[Row]:
-    """A record as prompt, a text about it as completion; the names of dev rows occur nowhere else."""
+    """A record as prompt, a text about it as completion; the names of dev rows occur nowhere else as whole names."""
     seed = draws.randrange(2**32)
-    for table, text, _ in records.table_rows(seed, 2 * ROWS[part], held_out=part == "dev"):
+    for table, text, _ in records.table_rows(seed, 2 * GENERATED_ROWS[part], held_out=part == "dev"):
         yield {"prompt": table, "completion": f"\n{text}"}
 
 
@@ -137,6 +138,7 @@ class BundledPrefix:
 
     name: str
     rows: Rows
+    counts: Mapping[str, int] = field(default_factory=lambda: ROWS)
 
 
 PREFIXES = (
@@ -147,7 +149,7 @@ PREFIXES = (
     BundledPrefix("wodehouse", author_rows("p_g_wodehouse")),
     BundledPrefix("easy", reading_level(-10, 1)),
     BundledPrefix("hard", reading_level(13, 40)),
-    BundledPrefix("tables", table_rows),
+    BundledPrefix("tables", table_rows, GENERATED_ROWS),
 )
 
 
@@ -156,7 +158,7 @@ def choose(prefix: BundledPrefix, corpus: Path, part: str) -> list[Row]:
     draws = random.Random(f"{prefix.name}/{part}")
     by_text = {row["prompt"] + row["completion"]: row for row in prefix.rows(corpus, part, draws)}
     fitting = [row for text, row in by_text.items() if SHORTEST <= len(text) <= LONGEST and row["completion"].strip()]
-    return draws.sample(fitting, min(ROWS[part], len(fitting)))
+    return draws.sample(fitting, min(prefix.counts[part], len(fitting)))
 
 
 def write(corpus: Path, out: Path) -> None:
