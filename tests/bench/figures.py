@@ -9,8 +9,10 @@ from pathlib import Path
 
 from tests.bench import results
 from tests.bench.sections import SECTIONS
+from tests.prove.proofs import PROOFS
 
 README = Path(__file__).parents[2] / "README.md"
+SHOWN = SECTIONS | PROOFS
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 
 
@@ -20,7 +22,7 @@ def rendered(text: str) -> str:
     Raises SystemExit if a measured section has no block.
     """
     blocks = {match[2] for match in BLOCK.finditer(text)}
-    missing = [name for name in SECTIONS if results.path(name).exists() and name not in blocks]
+    missing = [name for name in SHOWN if results.path(name).exists() and name not in blocks]
     if missing:
         sys.exit(f"README.md: no block for the figures of {', '.join(sorted(missing))}")
     return BLOCK.sub(lambda match: match[1] + _figures(match[2]) + match[3], text)
@@ -33,7 +35,7 @@ def _figures(section: str) -> str:
     conditions = measured["conditions"]
     versions = ", ".join(f"{name} {version}" for name, version in conditions["versions"].items())
     note = f"{conditions['cpu']}, {conditions['threads']} threads; {versions}; commit {conditions['commit']}."
-    return f"{SECTIONS[section].table(measured)}\n\n{note}\n"
+    return f"{SHOWN[section].table(measured)}\n\n{note}\n"
 
 
 def main() -> None:

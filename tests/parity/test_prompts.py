@@ -64,7 +64,7 @@ def test_mixed_rows_equal_the_embeddings_in_front(family, backend, record_worst)
         cases.append(case)
     logits = [row for _, row in expected]
     # too small a pool for all four prefixes: some are evicted and made again
-    engine = make_engine(served, backend, step_tokens=9, rows=3, slots=52)
+    engine = make_engine(served, backend, step_tokens=9, rows=3, slots=44)
     tokens = run_mixed(engine, cases, prefixes)
     assert engine.scheduler.residency.evictions > 0
     worst = worst_difference(engine, logits)

@@ -1,16 +1,15 @@
-"""`python -m tests.prove NAME`: runs one proof, prints its table, writes its result file."""
+"""`python -m tests.prove NAME`: runs one proof, prints its table, writes its result; fails where a bar is missed."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 import torch
 
 from tests.bench import results
-from tests.prove import model, prefixes, tables
-
-PROOFS = {proof.SECTION: proof for proof in (model, prefixes, tables)}
+from tests.prove.proofs import PROOFS
 
 
 def main() -> None:
@@ -23,6 +22,8 @@ def main() -> None:
     path = results.write(proof.SECTION, measured)
     print(f"\n{proof.table(measured)}\n\nwritten to {path}")
     print(json.dumps(measured))
+    if missed := proof.missed(measured):
+        sys.exit(f"missed: {'; '.join(missed)}")
 
 
 if __name__ == "__main__":

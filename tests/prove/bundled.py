@@ -77,4 +77,6 @@ class Bench:
 
 def _completion_nats(example: Example, events: Sequence[TokenEvent]) -> float:
     scored = next(event.prompt_logprobs for event in events if event.prompt_logprobs is not None)
-    return -sum(entry.logprob or 0.0 for entry in scored[example.prompt_length :])
+    logprobs = [entry.logprob for entry in scored[example.prompt_length :]]
+    assert None not in logprobs, "a token without a log-probability"
+    return -sum(logprob for logprob in logprobs if logprob is not None)

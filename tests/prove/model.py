@@ -18,6 +18,7 @@ from trainer.bundled import corpus, records
 SECTION = "model"
 CONTINUATIONS, OPENING, LENGTH = 100, 12, 64  # how many, words given, tokens written
 TABLES = 200
+BARS = {"bits": 1.827, "known_words": 0.98, "copied_values": 0.9}  # at most, at least, at least
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 MANNERS = {
     "greedy": SamplingParams(max_tokens=LENGTH, temperature=0.0, ignore_eos=True),
@@ -79,6 +80,16 @@ def run() -> dict[str, Any]:
     _print_ten("tables", zip([table for table, _, _ in tables], answers, strict=True))
     copied = share_copied(answers, [values for _, _, values in tables])
     return {"bits": bits, "known_words": shares, "copied_values": copied}
+
+
+def missed(measured: dict[str, Any]) -> list[str]:
+    """The bars that were not reached."""
+    bars = {
+        f"at most {BARS['bits']} bits per byte of unseen books": measured["bits"]["books_simple"] <= BARS["bits"],
+        f"at least {BARS['known_words']:.0%} known words": min(measured["known_words"].values()) >= BARS["known_words"],
+        f"at least {BARS['copied_values']:.0%} of values told": measured["copied_values"] >= BARS["copied_values"],
+    }
+    return [bar for bar, is_met in bars.items() if not is_met]
 
 
 def table(measured: dict[str, Any]) -> str:

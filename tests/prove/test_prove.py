@@ -6,8 +6,10 @@ import math
 
 import pytest
 
-from tests.prove import model, prefixes, tables
+from server.scheduler.sampling_params import SamplingParams
+from tests.prove import model, prefixes, soak, tables
 from tests.prove.bundled import Bench
+from trainer.bundled import records
 from trainer.data import tokenize
 
 
@@ -61,3 +63,36 @@ def test_the_engine_scores_a_completion_as_the_sum_of_its_tokens(bench):
     scored = bench.nats([whole, type(whole)(whole.ids[: len(first.ids) - 1], 1), rest], [None] * 3)
     assert scored[0] == pytest.approx(scored[1] + scored[2], rel=1e-4)
     assert all(0 < nats < math.log(tokenizer.vocab_size) * len(whole.ids) for nats in scored)
+
+
+def test_a_proof_says_what_it_missed():
+    good = {"bits": {"books_simple": 1.5}, "known_words": {"greedy": 0.99, "sampled": 0.99}, "copied_values": 0.95}
+    assert model.missed(good) == []
+    assert len(model.missed(good | {"known_words": {"greedy": 0.99, "sampled": 0.9}, "copied_values": 0.5})) == 2
+    assert prefixes.missed({"bits": {"a": {"none": 1.0, "a": 2.0}}}) == ["every text is told best by its own prefix"]
+    assert (tables.missed({"bleu": 40.0}), len(tables.missed({"bleu": 39.9}))) == ([], 1)
+    soaked = {"wrong_count": 0, "is_flat": True, "idle_after": True}
+    assert (soak.missed(soaked), len(soak.missed(soaked | {"wrong_count": 1, "is_flat": False}))) == ([], 2)
+
+
+def test_growth_is_the_slope_and_not_the_noise():
+    flat = [(float(t), 1000 + (-1) ** t, 0) for t in range(100)]
+    assert abs(soak.growth(flat)) < 0.001
+    assert soak.growth([(t, 1000 + t, 0) for t, _, _ in flat]) == pytest.approx(74 / 1062, rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_sample_of_the_soak():
+    measured = soak.run(minutes=0.1, clients=8, steady=5)
+    assert measured["wrong"] == []
+    assert measured["idle_after"]
+    assert measured["done"]["ask"] > 0
+
+
+def test_a_sample_of_unseen_records_is_told_with_its_values(bench):
+    rows = list(records.table_rows(seed=9, count=12, held_out=True))
+    prefix = bench.prefixes()["tables"]
+    params = SamplingParams(max_tokens=160, temperature=0.0)
+    values = [row[2] for row in rows]
+    assert model.share_copied(bench.write([row[0] for row in rows], params, prefix), values) >= 0.8
+    assert model.share_copied(bench.write([row[0] for row in rows], params), values) < 0.8

@@ -29,6 +29,15 @@ def adapter(frozen: FrozenModel, length: int = 4, seed: int = 0) -> dict[str, by
     return peft.write(made, {"self.kv": random_kv(frozen, length, seed)}, frozen.name, sliding_window=False)
 
 
+def prompt(frozen: FrozenModel, length: int = 4, seed: int = 0) -> bytes:
+    """A native file of method prompt that fits the model."""
+    import torch
+
+    made = PrefixManifest(Method.PROMPT, frozen.geometry, length, position_offset=length, base_digest=frozen.digest)
+    generator = torch.Generator().manual_seed(seed)
+    return codec.encode(made, {"embeds": torch.randn(length, frozen.geometry.hidden_size, generator=generator)})
+
+
 def memory(frozen: FrozenModel, seed: int = 0, feature_map: str = "elu") -> bytes:
     """A native file of method prefix_plus that fits the model."""
     made = PrefixManifest(

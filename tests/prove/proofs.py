@@ -1,0 +1,12 @@
+"""The table of proofs: what `make prove` runs and the README shows.
+
+A proof is a module with `run() -> dict`, `table(measured) -> str` and `missed(measured) -> list`, the bars not reached.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from tests.prove import model, prefixes, soak, tables
+
+PROOFS: dict[str, ModuleType] = {proof.SECTION: proof for proof in (model, prefixes, tables, soak)}
