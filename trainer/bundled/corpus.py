@@ -55,7 +55,7 @@ Made by `python -m trainer.bundled.pretrain`, whose recipe is `trainer/bundled/r
 |---|---|
 {table}
 
-Held out are other books, the last tenth of each of the other sources, and records of names never trained on.
+Held out are other books, the last tenth of each of the other sources, and records whose names are in no training text.
 """
 
 
