@@ -35,9 +35,9 @@ from server.scheduler.waiting import Line, WaitingQueue
 
 # Own slots reserved beyond the prompt at admission; a longer answer doubles its extent as it grows.
 HEADROOM = 64
-# While others decode, prompts get at least so many tokens of a step, and at least this part of all that piled up.
-LEAST_CHUNK = 16
-BACKLOG_PART = 128
+# While others decode, prompts get at least so many tokens of a step, and so many for each of them: where many have
+# piled up, all in all they are done sooner by long steps than by short ones.
+LEAST_CHUNK, CHUNK_EACH = 16, 8
 
 
 class Scheduler:
@@ -139,9 +139,7 @@ class Scheduler:
         bearable = self._step_cost.bearable(decoding) if decoding else None
         if bearable is None:
             return budget
-        backlog = sum(sequence.remaining for sequence in (*prompts, *self.waiting))
-        tenants = len(fairness.rows_by_tenant(prompts))
-        return min(budget, max(LEAST_CHUNK, 2 * tenants, bearable, backlog // BACKLOG_PART))
+        return min(budget, max(LEAST_CHUNK, bearable, CHUNK_EACH * (len(prompts) + len(self.waiting))))
 
     def _let_in(self) -> None:
         while self.waiting and (len(self.running) < self._most_rows or self._can_make_way()):
