@@ -10,10 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from prefix_store.errors import ModelUnsupported
 from server.engine import int8_linear
-from server.engine.int8_linear import Int8Linear
+from server.engine.int8_linear import ROWS_HINT, Int8Linear
 
-# Rows that the packing is tuned for; other sizes run too.
-ROWS_HINT = 64
 # Packed and plain products add up in another order; the half-precision ones are rounded once more, after products of
 # up to about 16: a unit in bfloat16's last place is 0.06 there.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}

@@ -68,26 +68,25 @@ class Residency:
         Of all runs that would do, the one whose most recently used prefix was used the longest ago: prefixes that lie
         apart are not evicted one by one until some happen to lie together.
         """
-        ages = {r.extent: age for age, r in enumerate(self._residents.values()) if r.pins == 0}
+        idle = {r.extent: (age, r) for age, r in enumerate(self._residents.values()) if r.pins == 0}
         run: list[Extent] = []
         best: tuple[int, list[Extent]] | None = None
-        for extent in sorted([*self._slots.free, *ages], key=lambda extent: extent.start):
+        for extent in sorted([*self._slots.free, *idle], key=lambda extent: extent.start):
             if run and run[-1].end != extent.start:
                 run.clear()
             run.append(extent)
             while extent.end - run[0].end >= size:
                 run.pop(0)
             if extent.end - run[0].start >= size:
-                youngest = max(ages.get(extent, -1) for extent in run)
+                youngest = max(idle[extent][0] if extent in idle else -1 for extent in run)
                 if best is None or youngest < best[0]:
                     best = youngest, list(run)
         if best is None:
             return False
-        digests = {resident.extent: digest for digest, resident in self._residents.items()}
         for extent in best[1]:
-            if extent in ages:
+            if extent in idle:
                 self._slots.release(extent)
-                del self._residents[digests[extent]]
+                del self._residents[idle[extent][1].payload.digest]
                 self.evictions += 1
         return True
 

@@ -80,9 +80,8 @@ class Space:
     def make_run(self, sequence: Sequence, size: int) -> None:
         """Evicts idle prefixes until there is one free run for what `would_fit`; then `place` cannot fail."""
         if missing := self._missing(sequence):
-            extent = self._allocate(missing + size)
-            assert extent is not None, "it was said to fit"
-            self.slots.release(extent)
+            there_is_room = self.residency.evict(missing + size)
+            assert there_is_room, "it was said to fit"
 
     def check_integrity(self, readers: list[Sequence]) -> None:
         """Raises AssertionError unless every slot is free or held by exactly one owner, and pins equal readers."""
