@@ -23,6 +23,13 @@ DATA = Path(__file__).parents[3] / "shared" / "data"
 Work = tuple[Sequence[int], SamplingParams, PrefixPayload | None]
 
 
+def data_folder() -> Path:
+    """The folder of real texts. Raises SystemExit with one line where it is not."""
+    if not DATA.is_dir():
+        raise SystemExit(f"this proof needs the texts in {DATA}, and there is no such folder")
+    return DATA
+
+
 def load() -> FrozenModel:
     """The bundled model, float32, for training through the reference or for an engine to take over."""
     return frozen.load(FOLDER / "model")

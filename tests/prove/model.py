@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import track
 
 from server.scheduler.sampling_params import SamplingParams
-from tests.prove.bundled import DATA, Bench, load
+from tests.prove.bundled import Bench, data_folder, load
 from trainer.bundled import corpus, records
 
 SECTION = "model"
@@ -33,13 +33,13 @@ def words(text: str) -> list[str]:
 
 def known_words() -> set[str]:
     """Every word of the text that the model was trained on."""
-    documents = corpus.shuffled_documents(DATA / "corpus", paragraphs=12, seed=1)
+    documents = corpus.shuffled_documents(data_folder() / "corpus", paragraphs=12, seed=1)
     return {word for document in track(documents, "words of the corpus", transient=True) for word in words(document)}
 
 
 def openings() -> list[str]:
     """The first words of held-out paragraphs."""
-    text = (DATA / "corpus" / "books_simple_valid.txt").read_text("utf-8")
+    text = (data_folder() / "corpus" / "books_simple_valid.txt").read_text("utf-8")
     paragraphs = [line for line in text.split("\n") if len(line.split()) >= 2 * OPENING]
     chosen = random.Random(0).sample(paragraphs, CONTINUATIONS)
     return [" ".join(paragraph.split()[:OPENING]) for paragraph in chosen]
@@ -57,15 +57,19 @@ def share_known(texts: Iterable[str], known: set[str]) -> float:
 
 
 def share_copied(answers: Sequence[str], values: Sequence[Sequence[str]]) -> float:
-    """Share of slot values that stand verbatim in the text about their record."""
-    told = [value in answer for answer, row in zip(answers, values, strict=True) for value in row]
+    """Share of slot values that stand verbatim, as whole words, in the text about their record."""
+    told = [
+        re.search(rf"(?<!\w){re.escape(value)}(?!\w)", answer) is not None
+        for answer, row in zip(answers, values, strict=True)
+        for value in row
+    ]
     return sum(told) / len(told)
 
 
 def run() -> dict[str, Any]:
     """Measures, prints ten continuations of each manner and ten tables as they came, and returns the figures."""
     bench, known, given = Bench(), known_words(), openings()
-    bits = corpus.held_out_bits(load().model, bench.model.tokenizer, DATA / "corpus", 400_000)
+    bits = corpus.held_out_bits(load().model, bench.model.tokenizer, data_folder() / "corpus", 400_000)
     shares = {}
     for manner, params in MANNERS.items():
         texts = bench.write(given, params)

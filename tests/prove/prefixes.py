@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.prove.bundled import DATA, Bench
+from tests.prove.bundled import Bench, data_folder
 from trainer.bundled import prefix_data
 from trainer.data import Example, tokenize
 
@@ -22,7 +22,7 @@ def run() -> dict[str, Any]:
     """Bits per byte of every prefix's held-out rows under every prefix and none, by the serving engine."""
     bench = Bench()
     with tempfile.TemporaryDirectory() as folder:
-        prefix_data.write(DATA, Path(folder))
+        prefix_data.write(data_folder(), Path(folder))
         rows = {prefix.name: _rows(Path(folder) / prefix.name) for prefix in prefix_data.PREFIXES}
     payloads = {**bench.prefixes(), NONE: None}
     matrix = {}

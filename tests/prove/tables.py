@@ -14,7 +14,7 @@ from prefix_store.jobs import TrainingSpec
 from prefix_store.model import apply
 from server.engine.prefix_loader import payload_of
 from server.scheduler.sampling_params import SamplingParams
-from tests.prove.bundled import DATA, Bench, load
+from tests.prove.bundled import Bench, data_folder, load
 from trainer.data import batches, tokenize
 from trainer.evaluate import nats_per_token
 from trainer.loop import Fit, fit
@@ -69,7 +69,7 @@ def tune() -> tuple[TuningMethod, Fit]:
 
 def read(name: str) -> list[dict[str, Any]]:
     """A file of the task; a completion begins on the line after its table."""
-    rows = [json.loads(line) for line in (DATA / "e2e" / f"{name}.jsonl").read_text("utf-8").splitlines()]
+    rows = [json.loads(line) for line in (data_folder() / "e2e" / f"{name}.jsonl").read_text("utf-8").splitlines()]
     return [{**row, "completion": f"\n{row['completion']}"} if "completion" in row else row for row in rows]
 
 

@@ -27,6 +27,7 @@ def test_words_keep_their_apostrophes_and_lose_what_the_last_token_cut():
 
 def test_a_value_counts_only_as_it_stands():
     assert model.share_copied(["The Owl is a pub.", "a pub"], [["The Owl", "pub"], ["The owl", "pub"]]) == 0.75
+    assert model.share_copied(["The Owl is public"], [["The Owl", "pub"]]) == 0.5
 
 
 def test_own_is_best_only_where_it_is_for_every_text():

@@ -25,6 +25,8 @@ MATCH = 24.0  # score of the same token before
 CARRIED, COPIED = 1.0, 3.0  # how far a head's output moves a token, in lengths of an embedding
 FAST_PAIRS = 8  # rotary pairs that tell neighbouring positions apart
 SLOW = 0.006  # radians a token: slower pairs hardly turn over a window of 256
+# all that decides where a run starts
+NUMBERS = (HEADS, PREVIOUS, SEARCHING, LOUD, QUIET, COMMON, SHARPNESS, MATCH, CARRIED, COPIED, FAST_PAIRS, SLOW)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import safe_open
@@ -25,6 +26,7 @@ from trainer.bundled.recipe import Budget, Recipe
 
 REPORT_EVERY, MEASURE_EVERY = 20, 200  # steps
 MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")
+N = TypeVar("N", int, float)
 GLANCE, THOROUGH = 20_000, 400_000  # characters of each held-out text
 
 
@@ -223,15 +225,26 @@ def pretrain(
     export(run, tokenizer, bits, out)
 
 
+def positive(number: Callable[[str], N]) -> Callable[[str], N]:
+    """For argparse: a number above 0."""
+
+    def read(text: str) -> N:
+        if not 0 < float(text) < float("inf"):
+            raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+        return number(text)
+
+    return read
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the committed recipe."""
     parser = argparse.ArgumentParser(prog="python -m trainer.bundled.pretrain", description=__doc__)
     parser.add_argument("--corpus", type=Path, required=True, help="folder with the texts that corpus.py names")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write or to replace")
-    parser.add_argument("--minutes", type=float, default=110.0, help="training time over all restarts")
-    parser.add_argument("--steps", type=int, help="a fixed number of steps instead of a time")
+    parser.add_argument("--minutes", type=positive(float), default=110.0, help="training time over all restarts")
+    parser.add_argument("--steps", type=positive(int), help="a fixed number of steps instead of a time")
     parser.add_argument("--checkpoint-dir", type=Path, default=Path("~/.cache/antefix/pretrain"))
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=positive(int), default=2)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     budget, checkpoints = Budget(args.minutes, args.steps), args.checkpoint_dir.expanduser()

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.bundled.corpus import SOURCES, generated_documents
+from trainer.bundled import induction
+from trainer.bundled.corpus import echoes, shuffled_documents
 
 SIZE = {
     "hidden_size": 320,
@@ -49,11 +50,12 @@ class Recipe:
     compiled: bool = True
 
     def fingerprint(self, corpus: Path) -> str:
-        """Names a checkpoint: another recipe or another text never resumes this one."""
-        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode())
-        for source in SOURCES:
-            digest.update((corpus / f"{source.name}.txt").read_bytes())
-        digest.update("".join(generated_documents()).encode())
+        """Names a checkpoint: another recipe, another start or another text never resumes this one."""
+        numbers = [dataclasses.asdict(self), induction.NUMBERS]
+        digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode())
+        documents = shuffled_documents(corpus, self.paragraphs, self.seed)
+        for document in (*documents, *echoes(documents, self.seed)):
+            digest.update(document.encode())
         return digest.hexdigest()[:12]
 
     def rate(self, progress: float, step: int) -> float:

@@ -23,7 +23,7 @@ def _load(name: str, path: Path) -> NewMethod:
         raise _unusable(path, "there is no such file")
     try:
         module = _run(name, path)
-    except Exception as error:  # whatever the file does wrong is one line to the operator
+    except (Exception, SystemExit) as error:  # whatever the file does wrong is one line to the operator
         raise _unusable(path, f"{type(error).__name__}: {error}") from error
     method: NewMethod | None = getattr(module, ATTRIBUTE, None)
     if not callable(method):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import prefix_store
-from trainer.bundled import corpus, pretrain
+from trainer.bundled import corpus, induction, pretrain
 
 BUNDLED = Path(prefix_store.__file__).parent / "bundled" / "model"
 TINY = pretrain.Recipe(
@@ -178,9 +178,22 @@ def test_finished_run_is_only_exported_again(texts, tmp_path):
 def test_another_recipe_or_text_is_another_run(texts, tmp_path):
     (tmp_path / "corpus").mkdir()
     for file in texts.iterdir():
-        (tmp_path / "corpus" / file.name).write_bytes(file.read_bytes() + b"more" * (file.stem == "factbook"))
+        (tmp_path / "corpus" / file.name).write_bytes(b"more" * (file.stem == "factbook") + file.read_bytes())
     runs = [(TINY, texts), (dataclasses.replace(TINY, clip=2.0), texts), (TINY, tmp_path / "corpus")]
     assert len({recipe.fingerprint(folder) for recipe, folder in runs}) == 3
+
+
+def test_another_start_is_another_run(texts, monkeypatch):
+    before = TINY.fingerprint(texts)
+    monkeypatch.setattr(induction, "NUMBERS", (*induction.NUMBERS[:-1], 0.007))
+    assert TINY.fingerprint(texts) != before
+
+
+@pytest.mark.parametrize("argument", ["--minutes=-1", "--minutes=nan", "--minutes=0", "--steps=0", "--threads=0"])
+def test_a_run_of_no_length_is_refused(texts, argument, capsys):
+    with pytest.raises(SystemExit):
+        pretrain.main(["--corpus", str(texts), "--out", "unused", argument])
+    assert "expected a number above 0" in capsys.readouterr().err
 
 
 def test_command_line(texts, tmp_path, monkeypatch, capsys):

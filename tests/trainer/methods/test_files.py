@@ -42,6 +42,7 @@ def test_no_files_are_no_methods():
         ("import absent_module", "ModuleNotFoundError: No module named 'absent_module'"),
         ("METHOD = (", "SyntaxError: '(' was never closed (mine.py, line 1)"),
         ("raise ValueError('two\\nlines')", "ValueError: two lines"),
+        ("raise SystemExit(0)", "SystemExit: 0"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named_with_the_reason_in_one_line(tmp_path, text, reason):
