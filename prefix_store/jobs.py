@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefix_store.errors import InvalidRequest
+from prefix_store.prefix import check_template
 
 
 class JobStatus(StrEnum):
@@ -80,8 +81,9 @@ class TrainingSpec:
     of `batch_size` examples; an example longer than `max_length` tokens loses its prompt's beginning first.
     `learning_rate` is, for the built-in methods, a share of the spread of what they tune, a layer's keys or values or
     the input embeddings, and so means the same on every model: 0.02 to 0.4 learn with prefix and 0.1 to 1 with prompt,
-    more where the text is unlike what the model writes. `base_digest`: the model that the prefix is wanted for; None
-    trusts whichever the worker has.
+    more where the text is unlike what the model writes. `template`: text with one `{prompt}`, in which prompts stand
+    here and when the prefix is served. `base_digest`: the model that the prefix is wanted for; None trusts whichever
+    the worker has.
     """
 
     data_digest: str
@@ -94,6 +96,7 @@ class TrainingSpec:
     learning_rate: float = 0.1
     max_length: int = 256
     init_text: str | None = None
+    template: str | None = None
     seed: int = 0
     base_digest: str | None = None
 
@@ -119,6 +122,8 @@ class TrainingSpec:
             raise InvalidRequest(f"method must be a method's name, got {str(self.method)[:40]!r}", param="method")
         if not isinstance(self.init_text, str | None):
             raise InvalidRequest("init_text must be a text", param="init_text")
+        if self.template is not None:
+            check_template(self.template, param="template")
         if self.examples < 1:
             raise InvalidRequest("training needs at least one example", param="examples")
 

@@ -16,6 +16,8 @@ NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 ALIAS = re.compile(r"[a-z][a-z0-9._-]{0,63}")
 NAME_RULE = "1 to 64 of a-z 0-9 . _ -, beginning with a letter or digit"
 FORMAT = 1
+PLACE = "{prompt}"  # where in a template the prompt goes
+LONGEST_TEMPLATE = 20_000
 
 
 class Method(StrEnum):
@@ -39,6 +41,15 @@ def check_name(name: str, what: str = "prefix id") -> str:
     if not NAME.fullmatch(name):
         raise InvalidName(f"{what} must be {NAME_RULE}; got {name[:80]!r}", param="id")
     return name
+
+
+def check_template(template: str, param: str = "file") -> str:
+    """Returns `template` if it is legal, else raises InvalidPrefix."""
+    if len(template) > LONGEST_TEMPLATE or template.count(PLACE) != 1:
+        raise InvalidPrefix(
+            f"the template must contain {PLACE} exactly once, in at most {LONGEST_TEMPLATE} characters", param=param
+        )
+    return template
 
 
 @dataclass(frozen=True)
@@ -119,7 +130,7 @@ class PrefixManifest:
                 window=Window(data["window"]),
                 feature_map=_optional(data, "feature_map", r"elu|gelu"),
                 query=data["query"],
-                template=_optional(data, "template", r"(?s).{1,20000}"),
+                template=_optional(data, "template", r"(?s).*"),
             )
         except (ValueError, TypeError) as error:
             raise InvalidPrefix(f"manifest: {str(error)[:300]}", param="file") from None
@@ -137,8 +148,8 @@ class PrefixManifest:
             )
         if (self.feature_map is not None) != (self.method is Method.PREFIX_PLUS):
             raise InvalidPrefix("manifest.feature_map belongs to prefix_plus and only there", param="file")
-        if self.template is not None and self.template.count("{prompt}") != 1:
-            raise InvalidPrefix("manifest.template must contain {prompt} exactly once", param="file")
+        if self.template is not None:
+            check_template(self.template)
 
 
 def _count(data: dict[str, Any], key: str) -> int:

@@ -55,23 +55,29 @@ class Batch:
         )
 
 
-def tokenize(tokenizer: Any, examples: Sequence[Mapping[str, Any]], max_length: int) -> list[Example]:
-    """Encodes `{"prompt", "completion"}` objects as serving would.
+def tokenize(
+    tokenizer: Any, examples: Sequence[Mapping[str, Any]], max_length: int, template: str | None = None
+) -> list[Example]:
+    """Encodes `{"prompt", "completion"}` objects as serving would, prompts in their template if there is one.
 
     What exceeds `max_length` tokens loses the prompt's beginning (BOS stays) and then the completion's end.
     Raises InvalidTrainingData with the line, counted from 1.
     """
-    return [_tokenize_one(tokenizer, line, example, max_length) for line, example in enumerate(examples, start=1)]
+    return [
+        _tokenize_one(tokenizer, line, example, max_length, template) for line, example in enumerate(examples, start=1)
+    ]
 
 
-def _tokenize_one(tokenizer: Any, line: int, example: Mapping[str, Any], max_length: int) -> Example:
+def _tokenize_one(
+    tokenizer: Any, line: int, example: Mapping[str, Any], max_length: int, template: str | None
+) -> Example:
     for field in ("prompt", "completion"):
         if not isinstance(example.get(field), str):
             raise InvalidTrainingData(f"line {line}: {field!r} must be a text", param="examples")
     if not example["completion"]:
         raise InvalidTrainingData(f"line {line}: the completion is empty", param="examples")
     try:
-        start = prompt.encode(tokenizer, example["prompt"])
+        start = prompt.encode(tokenizer, prompt.render(example["prompt"], template))
     except InvalidRequest as error:
         raise InvalidTrainingData(f"line {line}: {error.message}", param="examples") from None
     completion = prompt.encode_completion(tokenizer, example["completion"])

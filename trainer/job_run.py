@@ -53,7 +53,8 @@ class JobRun:
             )
         new_method = find(self._methods, self._spec.method)
         room = room_for_text(self._spec, self._frozen.context_length)
-        examples = data.tokenize(self._frozen.tokenizer, self._store.jobs.examples(self._job), room)
+        stored = self._store.jobs.examples(self._job)
+        examples = data.tokenize(self._frozen.tokenizer, stored, room, self._spec.template)
         parts = data.split(examples, self._spec.seed)
         self._tell(
             f"training on {len(parts.train)} examples, validating on {len(parts.valid)}, up to {room} tokens an example"
@@ -64,7 +65,8 @@ class JobRun:
         result = fit(self._frozen, method, parts.train, self._spec, validate=validate, on_progress=self._hear)
         self._tell(summary(result))
         job = self._job
-        return self._store.prefixes.save(job.tenant, job.name, method.manifest(), result.tensors, job=job)
+        manifest = dataclasses.replace(method.manifest(), template=self._spec.template)
+        return self._store.prefixes.save(job.tenant, job.name, manifest, result.tensors, job=job)
 
     def _validate(self, method: TuningMethod, examples: list[Example]) -> float:
         return nats_per_token(self._frozen, method.rows, self._batches(examples))

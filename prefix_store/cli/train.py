@@ -29,6 +29,7 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Examples a step.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same prefix.")] = None,
     init_text: Annotated[str | None, typer.Option(help="Text that the prefix starts from.")] = None,
+    template: Annotated[str | None, typer.Option(help="Text with one {prompt}, in which every prompt stands.")] = None,
     wait: Annotated[bool, typer.Option(help="Show progress until the job has ended.")] = True,
 ) -> None:
     """Train a prefix on a running server's worker.
@@ -43,6 +44,7 @@ def train(
         "batch_size": batch_size,
         "seed": seed,
         "init_text": init_text,
+        "template": template,
     }
     checked(name)
     given = {option: value for option, value in options.items() if value is not None}

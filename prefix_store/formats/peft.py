@@ -1,7 +1,14 @@
-"""PEFT's PREFIX_TUNING and CARTRIDGE adapters of causal models: one tensor `[P, 2*L*Hkv*D]`.
+"""PEFT's adapters of causal models that are prompts: a config, and one tensor of `P` rows.
 
-Column `(2*layer + c)*Hkv*D + head*D + j` of row `p` is number `j` of virtual token `p`, c being 0 for keys and 1
-for values. Real tokens start at position P, and sliding-window layers let the prefix slide out of sight.
+| `peft_type` | the tensor | what it becomes | what is not kept |
+|---|---|---|---|
+| PREFIX_TUNING | flat keys and values | `prefix` | |
+| CARTRIDGE | the same | `prefix` | how many of its first tokens were frozen in training |
+| PROMPT_TUNING | embeddings `[P, E]` | `prompt` | |
+| P_TUNING | what the encoder made of them | `prompt` | the encoder, whose weights PEFT does not save |
+
+Written are PREFIX_TUNING and PROMPT_TUNING, with the tensor bit for bit. Either way real tokens start at position P,
+and sliding-window layers let the prefix slide out of sight.
 """
 
 from __future__ import annotations
@@ -14,6 +21,7 @@ import torch
 from safetensors.torch import save
 
 from prefix_store.errors import InvalidPrefix, InvalidRequest, PrefixMismatch
+from prefix_store.formats import flat
 from prefix_store.geometry import ModelGeometry
 from prefix_store.prefix import Method, PrefixManifest, Window
 from prefix_store.safetensors_file import read_header, read_tensors, strict_json
@@ -22,10 +30,15 @@ from prefix_store.tensors import PAYLOADS, PrefixTensors, validate
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 TENSOR = "prompt_embeddings"
-PEFT_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
+METHODS = {
+    "PREFIX_TUNING": Method.PREFIX,
+    "CARTRIDGE": Method.PREFIX,
+    "PROMPT_TUNING": Method.PROMPT,
+    "P_TUNING": Method.PROMPT,
+}
 TASK_TYPE = "CAUSAL_LM"
 MAX_CONFIG = 65_536  # bytes
-_KV = PAYLOADS[Method.PREFIX]
+_WRITTEN_AS = {flat.KV: "PREFIX_TUNING", PAYLOADS[Method.PROMPT]: "PROMPT_TUNING"}
 
 
 def read(config: bytes | None, tensors_path: Path, geometry: ModelGeometry) -> tuple[PrefixManifest, PrefixTensors]:
@@ -33,18 +46,21 @@ def read(config: bytes | None, tensors_path: Path, geometry: ModelGeometry) -> t
 
     Raises InvalidPrefix for what is damaged or not such an adapter, PrefixMismatch for what does not fit the model.
     """
-    fields = _parse(config) if config is not None else {}
+    fields = _parse(config)
     shapes = read_header(tensors_path).shapes
     if set(shapes) != {TENSOR}:
         raise InvalidPrefix(
             f"expected the one tensor {TENSOR!r}, got {sorted(name[:40] for name in shapes)[:8]}", param="file"
         )
-    length = _virtual_tokens(shapes[TENSOR], geometry)
-    _check_numbers(fields, length, geometry)
-    manifest = PrefixManifest(Method.PREFIX, geometry, length, position_offset=length, window=Window.SLIDES)
-    tensors = {_KV: _from_flat(read_tensors(tensors_path)[TENSOR], geometry)}
-    validate(manifest, tensors)
-    return manifest, tensors
+    _describe(fields, shapes[TENSOR], geometry)  # before any number is read
+    return _convert(fields, read_tensors(tensors_path)[TENSOR], geometry)
+
+
+def read_tensor(
+    config: bytes | None, tensor: torch.Tensor, geometry: ModelGeometry
+) -> tuple[PrefixManifest, PrefixTensors]:
+    """As `read`, of an adapter's one tensor that comes from elsewhere."""
+    return _convert(_parse(config), tensor, geometry)
 
 
 def write(
@@ -55,59 +71,93 @@ def write(
     `sliding_window`: whether the frozen model has sliding-window layers; only there does `window` mean anything.
     """
     _check_expressible(manifest, sliding_window)
-    flat = _to_flat(tensors[_KV])
+    payload = PAYLOADS[manifest.method]
+    tensor = flat.write(tensors[payload]) if payload == flat.KV else tensors[payload].detach().cpu().contiguous()
     return {
         CONFIG_FILE: json.dumps(_config(manifest, base_model_name), indent=2, sort_keys=True).encode(),
-        TENSORS_FILE: save({TENSOR: flat}, {"format": "pt"}),
+        TENSORS_FILE: save({TENSOR: tensor}, {"format": "pt"}),
     }
 
 
-def _from_flat(flat: torch.Tensor, geometry: ModelGeometry) -> torch.Tensor:
-    layers, pair, heads, size = geometry.kv_shape
-    return flat.view(len(flat), layers, pair, heads, size).permute(1, 2, 3, 0, 4).contiguous()
+def _convert(
+    fields: dict[str, Any], tensor: torch.Tensor, geometry: ModelGeometry
+) -> tuple[PrefixManifest, PrefixTensors]:
+    manifest = _describe(fields, tuple(tensor.shape), geometry)
+    if manifest.method is Method.PREFIX:
+        return flat.read(tensor, geometry, TENSOR)
+    tensors = {PAYLOADS[Method.PROMPT]: tensor.contiguous()}
+    validate(manifest, tensors)
+    return manifest, tensors
 
 
-def _to_flat(kv: torch.Tensor) -> torch.Tensor:
-    return kv.detach().cpu().permute(3, 0, 1, 2, 4).flatten(1).contiguous()
+def _describe(fields: dict[str, Any], shape: tuple[int, ...], geometry: ModelGeometry) -> PrefixManifest:
+    """The manifest of an adapter, once its config and its tensor's shape agree with one another and the model."""
+    method = METHODS[fields["peft_type"]] if fields else _method_by_width(shape, geometry)
+    describe = flat.describe if method is Method.PREFIX else _describe_prompt
+    manifest = describe(shape, geometry, TENSOR)
+    for key, (number, error) in _numbers(manifest).items():
+        value = fields.get(key)
+        if value is not None and (type(value) is not int or value != number):
+            raise _config_error(key, number, value, error)
+    return manifest
 
 
-def _parse(config: bytes) -> dict[str, Any]:
+def _describe_prompt(shape: tuple[int, ...], geometry: ModelGeometry, name: str) -> PrefixManifest:
+    width, kv_width = geometry.hidden_size, geometry.kv_numbers_per_token
+    if len(shape) != 2 or shape[0] < 1:
+        raise InvalidPrefix(f"{name}: expected shape [virtual tokens, {width}], got {list(shape)}", param="file")
+    if shape[1] != width:
+        raise PrefixMismatch(
+            f"{name}: this model's soft prompts have {width} columns, got {shape[1]}; keys and values have {kv_width}",
+            param="file",
+        )
+    return PrefixManifest(Method.PROMPT, geometry, shape[0], position_offset=shape[0], window=Window.SLIDES)
+
+
+def _method_by_width(shape: tuple[int, ...], geometry: ModelGeometry) -> Method:
+    is_prompt = shape[-1:] == (geometry.hidden_size,)
+    if is_prompt and geometry.hidden_size == geometry.kv_numbers_per_token:
+        raise InvalidPrefix(
+            f"{TENSOR}: with {shape[-1]} columns it may be keys and values of this model as well as a soft prompt; "
+            f"send its {CONFIG_FILE} along",
+            param="config",
+        )
+    return Method.PROMPT if is_prompt else Method.PREFIX
+
+
+def _parse(config: bytes | None) -> dict[str, Any]:
+    """The config's fields; none without a config."""
+    if config is None:
+        return {}
     if len(config) > MAX_CONFIG:
         raise _config_error("size", f"at most {MAX_CONFIG} bytes", len(config))
     fields = strict_json(config, CONFIG_FILE, param="config")
-    if fields.get("peft_type") not in PEFT_TYPES:
-        raise _config_error("peft_type", " or ".join(PEFT_TYPES), fields.get("peft_type"))
+    kind = fields.get("peft_type")
+    if not isinstance(kind, str) or kind not in METHODS:
+        raise _config_error("peft_type", " or ".join(METHODS), kind)
     if fields.get("task_type") not in (None, TASK_TYPE):
         raise _config_error("task_type", TASK_TYPE, fields["task_type"])
     return fields
 
 
-def _virtual_tokens(shape: tuple[int, ...], geometry: ModelGeometry) -> int:
-    columns = geometry.kv_numbers_per_token
-    if len(shape) != 2 or shape[0] < 1:
-        raise InvalidPrefix(f"{TENSOR}: expected shape [virtual tokens, {columns}], got {list(shape)}", param="file")
-    if shape[1] != columns:
-        soft = " (this is the width of a soft prompt)" if shape[1] == geometry.hidden_size else ""
-        raise PrefixMismatch(
-            f"{TENSOR}: this model needs 2*{geometry.layers} layers*{geometry.kv_heads} KV heads*"
-            f"{geometry.head_dim} = {columns} columns, got {shape[1]}{soft}",
-            param="file",
-        )
-    return shape[0]
-
-
-def _check_numbers(fields: dict[str, Any], length: int, geometry: ModelGeometry) -> None:
-    expected = {
-        "num_virtual_tokens": (length, InvalidPrefix),
+def _numbers(manifest: PrefixManifest) -> dict[str, tuple[int, type[InvalidPrefix]]]:
+    """What a config must say where it says it, and how it fails otherwise."""
+    heads, width = _heads_and_width(manifest)
+    return {
+        "num_virtual_tokens": (manifest.virtual_tokens, InvalidPrefix),
         "num_transformer_submodules": (1, InvalidPrefix),
-        "num_layers": (geometry.layers, PrefixMismatch),
-        "num_attention_heads": (geometry.kv_heads, PrefixMismatch),
-        "token_dim": (geometry.kv_heads * geometry.head_dim, PrefixMismatch),
+        "num_layers": (manifest.geometry.layers, PrefixMismatch),
+        "num_attention_heads": (heads, PrefixMismatch),
+        "token_dim": (width, PrefixMismatch),
     }
-    for key, (number, error) in expected.items():
-        value = fields.get(key)
-        if value is not None and (type(value) is not int or value != number):
-            raise _config_error(key, number, value, error)
+
+
+def _heads_and_width(manifest: PrefixManifest) -> tuple[int, int]:
+    """PEFT's `num_attention_heads` and `token_dim`: those of the KV cache, or for a soft prompt the model's own."""
+    geometry = manifest.geometry
+    if PAYLOADS[manifest.method] == flat.KV:
+        return geometry.kv_heads, geometry.kv_heads * geometry.head_dim
+    return geometry.query_heads, geometry.hidden_size
 
 
 def _config_error(
@@ -118,7 +168,9 @@ def _config_error(
 
 def _check_expressible(manifest: PrefixManifest, sliding_window: bool) -> None:
     impossible = {
-        f"a {manifest.method} prefix is not per-layer keys and values": PAYLOADS[manifest.method] != _KV,
+        f"a {manifest.method} prefix is neither keys and values nor embeddings": (
+            PAYLOADS[manifest.method] not in _WRITTEN_AS
+        ),
         "its template would be lost": manifest.template is not None,
         "real tokens would start at another position": manifest.position_offset != manifest.virtual_tokens,
         "sliding-window layers would let the prefix slide out of sight, and this one is always seen": (
@@ -131,18 +183,15 @@ def _check_expressible(manifest: PrefixManifest, sliding_window: bool) -> None:
 
 
 def _config(manifest: PrefixManifest, base_model_name: str) -> dict[str, Any]:
-    geometry = manifest.geometry
+    payload = PAYLOADS[manifest.method]
+    _, width = _heads_and_width(manifest)
+    kv_fields = {"prefix_projection": False, "encoder_hidden_size": width}
     return {
-        "peft_type": PEFT_TYPES[0],
+        "peft_type": _WRITTEN_AS[payload],
         "task_type": TASK_TYPE,
         "inference_mode": True,
         "base_model_name_or_path": base_model_name,
         "revision": None,
-        "num_virtual_tokens": manifest.virtual_tokens,
-        "num_layers": geometry.layers,
-        "num_attention_heads": geometry.kv_heads,
-        "token_dim": geometry.kv_heads * geometry.head_dim,
-        "num_transformer_submodules": 1,
-        "encoder_hidden_size": geometry.kv_heads * geometry.head_dim,
-        "prefix_projection": False,
+        **{name: number for name, (number, _) in _numbers(manifest).items()},
+        **(kv_fields if payload == flat.KV else {"prompt_tuning_init": "RANDOM"}),
     }

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 OPEN = frozenset({"/healthz", "/readyz", "/health"})
 SCOPES = {
     ("POST", "/generate"): "generate",
+    ("GET", "/v1/model"): "prefix:read",
     ("POST", "/v1/prefixes"): "prefix:write",
     ("GET", "/v1/prefixes"): "prefix:read",
     ("GET", "/v1/prefixes/{ref:path}"): "prefix:read",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
 import zipfile
@@ -17,7 +18,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from prefix_store import codec
 from prefix_store.errors import AntefixError, InvalidRequest
 from prefix_store.formats import peft
-from prefix_store.prefix import PrefixManifest, PrefixVersion
+from prefix_store.prefix import PrefixManifest, PrefixVersion, check_template
 from prefix_store.safetensors_file import read_header
 from prefix_store.tensors import PrefixTensors, check_fits
 from server.api import references, views
@@ -25,20 +26,20 @@ from server.api.auth import Caller, Calling
 from server.api.services import Services, Serving
 from server.engine.prefix_loader import served_tensor
 
-PARTS = ("id", "file", "config")
+PARTS = ("id", "file", "config", "template")
 router = APIRouter(prefix="/v1/prefixes")
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
 
 @router.post("")
 async def upload(request: Request, services: Serving, caller: Calling) -> Response:
-    """Takes a native file, or a PEFT adapter as `file` and `config`. Nothing is kept of one that does not fit."""
+    """Takes a native file, or a PEFT adapter as `file`, `config` and `template`; keeps nothing that does not fit."""
     try:
         async with request.form(max_files=3, max_fields=4, max_part_size=peft.MAX_CONFIG + 1) as form:
             _check_parts(form)
             name = references.new_name(services, _name(form))
-            config, file = await _config(form), _file(form)
-            version = await to_thread.run_sync(_keep, services, caller, name, config, file)
+            config, template, file = await _config(form), _template(form), _file(form)
+            version = await to_thread.run_sync(_keep, services, caller, name, config, template, file)
     except UnicodeError:
         services.metrics.upload_rejected.labels(InvalidRequest.code).inc()
         raise InvalidRequest("the form's text parts must be UTF-8") from None
@@ -123,22 +124,36 @@ async def _config(form: FormData) -> bytes | None:
     return value.encode() if value is not None else None
 
 
-def _keep(services: Services, caller: Caller, name: str, config: bytes | None, file: UploadFile) -> PrefixVersion:
+def _template(form: FormData) -> str | None:
+    value = form.get("template")
+    if isinstance(value, UploadFile):
+        raise InvalidRequest("the part 'template' is a text, not a file", param="template")
+    return None if value is None else check_template(value, param="template")
+
+
+def _keep(
+    services: Services, caller: Caller, name: str, config: bytes | None, template: str | None, file: UploadFile
+) -> PrefixVersion:
     """Checks the file against the model and only then saves it."""
     with tempfile.TemporaryDirectory(prefix="antefix-") as folder:
         path = Path(folder, "upload")
         with path.open("wb") as copy:
             shutil.copyfileobj(file.file, copy)
-        manifest, tensors = _decode(services, config, path)
+        manifest, tensors = _decode(services, config, template, path)
     frozen = services.frozen
     check_fits(manifest, frozen.geometry, frozen.digest, frozen.context_length)
     served_tensor(manifest, tensors, frozen.dtype)  # for what it refuses
     return services.store.prefixes.save(caller.tenant, name, manifest, tensors)
 
 
-def _decode(services: Services, config: bytes | None, path: Path) -> tuple[PrefixManifest, PrefixTensors]:
+def _decode(
+    services: Services, config: bytes | None, template: str | None, path: Path
+) -> tuple[PrefixManifest, PrefixTensors]:
     if config is not None or peft.TENSOR in read_header(path).shapes:
-        return peft.read(config, path, services.frozen.geometry)
+        manifest, tensors = peft.read(config, path, services.frozen.geometry)
+        return dataclasses.replace(manifest, template=template), tensors
+    if template is not None:
+        raise InvalidRequest("a native file carries its own template; this part goes with PEFT files", param="template")
     return codec.decode(path)
 
 

@@ -104,6 +104,7 @@ class TrainBody(Body):
     learning_rate: float | None = None
     max_length: Integer | None = None
     init_text: str | None = Field(default=None, min_length=1, max_length=100_000)
+    template: str | None = None
     seed: Integer | None = None
 
     def options(self) -> dict[str, Any]:

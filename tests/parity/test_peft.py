@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from peft import PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 
 from prefix_store.formats import peft
 from server.engine.prefix_loader import payload_of
@@ -16,17 +16,25 @@ from tests.models import VOCABULARY, tiny_frozen, tiny_model
 from tests.parity.harness import TOLERANCE, Case, make_engine, run_mixed, sampled, worst_difference
 
 LENGTHS = [1, 5, 20]
+PROMPT_LENGTHS = [2, 9]
 FAMILIES = ["gpt2", "opt", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma", "phi"]
 
 
 def save_adapters(family: str, folder: Path) -> list[Path]:
-    """One adapter of each length, written by PEFT itself."""
+    """Prefixes of each length, and soft prompts of every make, written by PEFT itself."""
+    prefixes = [PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length) for length in LENGTHS]
+    prompts = [PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length) for length in PROMPT_LENGTHS]
+    encoded = [
+        PromptEncoderConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=24, encoder_reparameterization_type=kind
+        )
+        for kind in ("MLP", "LSTM")
+    ]
     paths = []
-    for seed, length in enumerate(LENGTHS):
-        config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length)
+    for seed, config in enumerate([*prefixes, *prompts, *encoded]):
         torch.manual_seed(seed)  # PEFT draws its prefixes from the global generator
-        get_peft_model(tiny_model(family), config).save_pretrained(str(folder / str(length)))
-        paths.append(folder / str(length))
+        get_peft_model(tiny_model(family), config).save_pretrained(str(folder / str(seed)))
+        paths.append(folder / str(seed))
     return paths
 
 
@@ -52,7 +60,7 @@ def test_mixed_rows_equal_pefts_own_model(family, tmp_path, record_worst):
     adapters = save_adapters(family, tmp_path)
     served = tiny_frozen(family)
     cases, prefixes, expected = [], [], []
-    for index in range(7):
+    for index in range(2 * len(adapters)):
         path = adapters[index % len(adapters)]
         prompt = tuple(draw.randrange(3, VOCABULARY) for _ in range(draw.choice([1, 4, 17])))
         cases.append(Case(prompt, None, new=6, arrives=index))

@@ -26,6 +26,12 @@ def test_an_example_is_the_prompt_as_served_then_the_completion():
     assert tokenize_one("ab", "cd") == Example((BOS, *tokens("abcd"), EOS), 3)
 
 
+def test_a_template_stands_around_the_prompt_and_nothing_else():
+    example = {"prompt": "ab", "completion": "cd"}
+    (framed,) = data.tokenize(TOKENIZER, [example], 100, "Q: {prompt}\nA:")
+    assert framed == tokenize_one("Q: ab\nA:", "cd")
+
+
 @pytest.mark.parametrize(
     ("max_length", "ids", "prompt_length"),
     [

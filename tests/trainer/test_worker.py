@@ -95,6 +95,22 @@ def test_a_job_may_ask_for_a_soft_prompt(store):
     assert kept["embeds"].shape == (3, FROZEN.geometry.hidden_size)
 
 
+def test_a_prefix_is_trained_in_its_template_and_carries_it(store):
+    framed = [{**example, "prompt": f"Q: {example['prompt']} A:"} for example in EXAMPLES]
+    submit(store, name="template", template="Q: {prompt} A:")
+    submit(store, framed, name="framed")
+    submit(store, name="plain")
+    make_worker(store).run_until_empty()
+    found = {
+        name: store.prefixes.read(store.prefixes.resolve(PrefixRef(TENANT, name)))
+        for name in ("template", "framed", "plain")
+    }
+    assert [manifest.template for manifest, _ in found.values()] == ["Q: {prompt} A:", None, None]
+    kv = [kept["self.kv"] for _, kept in found.values()]
+    assert torch.equal(kv[0], kv[1])
+    assert not torch.equal(kv[0], kv[2])
+
+
 def test_a_method_that_the_worker_lacks_fails_the_job(store):
     job = store.jobs.submit(TENANT, NAME, EXAMPLES, {**QUICK, "method": "low_rank"}, methods=["low_rank"])
     make_worker(store).run_until_empty()

@@ -3,9 +3,20 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
+from prefix_store import codec
+from prefix_store.cli.prefix import Foreign
+from prefix_store.formats import peft, pickled
+from prefix_store.prefix import PrefixRef
+from prefix_store.tenants import DEFAULT_TENANT
+from tests.prefix_store import foreign
 from tests.prefix_store.cli.conftest import HOSTILE, SPELT, Antefix, Instead, Running
 from tests.server import artefacts
+
+
+def ref(name: str) -> PrefixRef:
+    return PrefixRef.parse(name, DEFAULT_TENANT)
 
 
 def test_a_native_file_goes_up_and_comes_back_the_same(antefix: Antefix, running: Running, tmp_path: Path) -> None:
@@ -21,6 +32,89 @@ def test_a_peft_folder_goes_up_and_comes_back_the_same(antefix: Antefix, running
     assert "does not say which base model" in result.stdout
     assert antefix("prefix", "pull", "adapter", tmp_path / "out", "--format", "peft").exit_code == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
+
+
+def test_a_soft_prompt_goes_up_and_comes_back_as_an_adapter(antefix: Antefix, running: Running, tmp_path: Path) -> None:
+    (tmp_path / "in").write_bytes(artefacts.prompt(running.frozen))
+    antefix("prefix", "push", "soft", tmp_path / "in")
+    assert antefix("prefix", "pull", "soft", tmp_path / "out", "--format", "peft").exit_code == 0
+    _, pulled = peft.read(
+        (tmp_path / "out" / peft.CONFIG_FILE).read_bytes(),
+        tmp_path / "out" / peft.TENSORS_FILE,
+        running.frozen.geometry,
+    )
+    assert torch.equal(pulled["embeds"], codec.decode(tmp_path / "in")[1]["embeds"])
+    assert antefix("prefix", "push", "soft", tmp_path / "out").stdout.startswith("soft@2 ")
+    assert running.store.prefixes.read(running.store.prefixes.resolve(ref("soft@2")))[1]["embeds"].shape == (4, 48)
+
+
+def test_a_foreign_pickle_is_converted_and_uploaded(antefix: Antefix, running: Running, tmp_path: Path) -> None:
+    expected = foreign.cartridge(tmp_path / "cache.pt", running.frozen.geometry, 6)
+    for option in ("auto", "cartridge"):
+        result = antefix("prefix", "import", "foreign", tmp_path / "cache.pt", "--format", option)
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert "does not say which base model" in result.stdout
+    versions = [running.store.prefixes.resolve(ref(f"foreign@{number}")) for number in (1, 2)]
+    assert versions[0].digest == versions[1].digest
+    manifest, tensors = running.store.prefixes.read(versions[0])
+    assert torch.equal(tensors["self.kv"], expected)
+    assert manifest.template is None
+
+
+def test_import_reads_what_the_module_reads() -> None:
+    assert {kind.value for kind in Foreign} == {pickled.AUTO, *pickled.READERS}
+
+
+def test_a_template_goes_along(antefix: Antefix, running: Running, tmp_path: Path) -> None:
+    foreign.cartridge(tmp_path / "cache.pt", running.frozen.geometry, 6)
+    folder = artefacts.write(artefacts.adapter(running.frozen), tmp_path / "in")
+    option = ("--template", "Q: {prompt}\nA:")
+    for command, path in (("import", tmp_path / "cache.pt"), ("push", folder)):
+        assert antefix("prefix", command, f"template-{command}", path, *option).exit_code == 0
+        version = running.store.prefixes.resolve(ref(f"template-{command}"))
+        assert running.store.prefixes.read(version)[0].template == "Q: {prompt}\nA:"
+        result = antefix("prefix", command, "untold", path, "--template", "no place")
+        assert "must contain {prompt} exactly once" in result.stderr
+    (tmp_path / "native").write_bytes(artefacts.native(running.frozen))
+    assert "carries its own template" in antefix("prefix", "push", "untold", tmp_path / "native", *option).stderr
+    assert "untold" not in antefix("prefix", "ls").stdout
+
+
+def test_a_pickled_adapter_is_not_pushed_but_imported(
+    antefix: Antefix, running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    geometry = running.frozen.geometry
+    flat = torch.randn(4, geometry.kv_numbers_per_token)
+    torch.save({"prompt_embeddings": flat}, tmp_path / "adapter_model.bin")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "PREFIX_TUNING"}')
+    result = antefix("prefix", "push", "pickled", tmp_path)
+    assert result.exit_code == 1
+    assert "in a pickle, adapter_model.bin, which is not uploaded; try `antefix prefix import`" in result.stderr
+    assert antefix("prefix", "import", "pickled", tmp_path).stdout.startswith("pickled@1 ")
+    monkeypatch.chdir(tmp_path)
+    assert antefix("prefix", "import", "pickled", ".").stdout.startswith("pickled@2 ")
+
+
+def test_a_foreign_file_that_does_not_fit_is_refused_before_it_is_sent(
+    antefix: Antefix, running: Running, tmp_path: Path
+) -> None:
+    torch.save(torch.zeros(10, 18432), tmp_path / "smileface_suffix.task0.weight")
+    result = antefix("prefix", "import", "unfit", tmp_path / "smileface_suffix.task0.weight")
+    assert result.exit_code == 1
+    assert "smileface_suffix.task0.weight: the prefix: " in result.stderr
+    assert "= 96 columns, got 18432" in result.stderr
+    assert "unfit" not in antefix("prefix", "ls").stdout
+
+
+@pytest.mark.parametrize("geometry", [{}, 7, {"family": "llama"}])
+def test_a_server_that_does_not_tell_its_geometry_is_named(
+    antefix: Antefix, instead: Instead, tmp_path: Path, geometry: Any
+) -> None:
+    torch.save(torch.zeros(10, 96), tmp_path / "f")
+    instead(lambda request: httpx.Response(200, json={"geometry": geometry}))
+    result = antefix("prefix", "import", "x", tmp_path / "f")
+    assert result.exit_code == 1
+    assert "does not answer as an antefix server: geometry must be an object" in result.stderr
 
 
 def test_list_show_and_remove(antefix: Antefix, running: Running, tmp_path: Path) -> None:

@@ -4,20 +4,27 @@ import zipfile
 from typing import Any
 
 import pytest
+import torch
 from httpx import Response
 from starlette.testclient import TestClient
 
 from prefix_store import codec
 from prefix_store.formats import peft
 from prefix_store.model.frozen import FrozenModel
+from prefix_store.prefix import PrefixRef
 from prefix_store.store import Store
+from prefix_store.tenants import DEFAULT_TENANT
 from tests.models import tiny_frozen
 from tests.server import artefacts
+from tests.server.fakes import FakeLoop
 
 
-def upload(client: TestClient, file: bytes, name: str = "support", **config: Any) -> Response:
+def upload(
+    client: TestClient, file: bytes, name: str = "support", template: str | None = None, **config: Any
+) -> Response:
     parts = {"file": ("anything.bin", file)} | {part: ("adapter_config.json", data) for part, data in config.items()}
-    return client.post("/v1/prefixes", data={"id": name}, files=parts)
+    fields = {"id": name} if template is None else {"id": name, "template": template}
+    return client.post("/v1/prefixes", data=fields, files=parts)
 
 
 def names(client: TestClient) -> list[str]:
@@ -62,6 +69,51 @@ def test_a_peft_export_holds_the_adapter_s_two_files(client: TestClient, frozen:
         assert {name: archive.read(name) for name in archive.namelist()} == files
 
 
+def test_a_soft_prompt_s_adapter_goes_in_and_out(client: TestClient, frozen: FrozenModel, store: Store) -> None:
+    upload(client, artefacts.prompt(frozen))
+    with zipfile.ZipFile(io.BytesIO(client.get("/v1/prefixes/support/export?format=peft").content)) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    for config in (files[peft.CONFIG_FILE], files[peft.CONFIG_FILE].replace(b"PROMPT_TUNING", b"P_TUNING")):
+        stored = upload(client, files[peft.TENSORS_FILE], config=config).json()
+        assert (stored["method"], stored["virtual_tokens"], stored["base_checked"]) == ("prompt", 4, False)
+    versions = [store.prefixes.resolve(PrefixRef.parse(f"support@{number}", DEFAULT_TENANT)) for number in (1, 2, 3)]
+    sent, *kept = (store.prefixes.read(version)[1]["embeds"] for version in versions)
+    assert all(torch.equal(sent, embeds) for embeds in kept)
+
+
+def test_a_peft_adapter_may_bring_a_template(client: TestClient, frozen: FrozenModel, loop: FakeLoop) -> None:
+    files = artefacts.adapter(frozen)
+    plain = upload(client, files[peft.TENSORS_FILE]).json()
+    stored = upload(client, files[peft.TENSORS_FILE], template="F: {prompt}\n").json()
+    assert stored["digest"] != plain["digest"]  # it changes what the prefix means
+    for ref in ("support@1", "support@2"):
+        client.post("/generate", json={"prompt": "hi", "prefix_id": ref})
+    texts = [frozen.tokenizer.decode(request.prompt_ids, skip_special_tokens=True) for request in loop.requests]
+    assert texts == ["hi", "F: hi\n"]
+
+
+@pytest.mark.parametrize("template", ["", "no place", "{prompt} {prompt}", "x" * 20_000 + "{prompt}"])
+def test_a_template_without_one_place_for_the_prompt_is_400(
+    client: TestClient, frozen: FrozenModel, template: str
+) -> None:
+    reply = upload(client, artefacts.adapter(frozen)[peft.TENSORS_FILE], template=template)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "template")
+    assert names(client) == []
+
+
+def test_a_native_file_brings_its_template_itself(client: TestClient, frozen: FrozenModel) -> None:
+    for own in (None, "Q: {prompt}"):
+        reply = upload(client, artefacts.native(frozen, template=own), template="Q: {prompt}")
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "template")
+        assert "a native file carries its own template" in reply.json()["error"]["message"]
+
+
+def test_a_template_is_a_text_part(client: TestClient, frozen: FrozenModel) -> None:
+    files = {"file": ("f", artefacts.adapter(frozen)[peft.TENSORS_FILE]), "template": ("t", b"Q: {prompt}")}
+    reply = client.post("/v1/prefixes", data={"id": "support"}, files=files)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "template")
+
+
 def test_what_peft_cannot_say_is_400(client: TestClient, frozen: FrozenModel) -> None:
     upload(client, artefacts.native(frozen, template="Q: {prompt}"))
     reply = client.get("/v1/prefixes/support/export", params={"format": "peft"})
@@ -75,7 +127,7 @@ def test_a_memory_is_kept_and_has_no_peft_format(client: TestClient, frozen: Fro
     assert client.get("/v1/prefixes/plus/export").content == data
     reply = client.get("/v1/prefixes/plus/export", params={"format": "peft"})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, "format")
-    assert "a prefix_plus prefix is not per-layer keys and values" in reply.json()["error"]["message"]
+    assert "a prefix_plus prefix is neither keys and values nor embeddings" in reply.json()["error"]["message"]
     (listed,) = client.get("/v1/prefixes").json()["data"]
     assert (listed["method"], listed["virtual_tokens"]) == ("prefix_plus", 0)
 

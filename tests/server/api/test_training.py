@@ -19,10 +19,19 @@ def train(client: TestClient, name: str = "sums", **options: Any) -> dict[str, A
 
 
 def test_a_job_is_queued_with_its_examples_and_options(client: TestClient, store: Store) -> None:
-    job = train(client, virtual_tokens=5, steps=7, learning_rate=0.1, seed=None, method="prefix", init_text="Hi")
+    job = train(
+        client,
+        virtual_tokens=5,
+        steps=7,
+        learning_rate=0.1,
+        seed=None,
+        method="prefix",
+        init_text="Hi",
+        template="{prompt}:",
+    )
     assert job["id"].startswith("ftjob-")
     assert (job["prefix_id"], job["status"], job["examples"], job["version"]) == ("sums", "queued", 2, None)
-    expected = {"virtual_tokens": 5, "steps": 7, "learning_rate": 0.1, "init_text": "Hi"}
+    expected = {"virtual_tokens": 5, "steps": 7, "learning_rate": 0.1, "init_text": "Hi", "template": "{prompt}:"}
     assert {name: job["options"][name] for name in expected} == expected
     assert job["options"]["seed"] == TrainingSpec.seed
     claimed = store.jobs.claim("worker", 60)
@@ -49,6 +58,8 @@ def test_a_job_is_queued_with_its_examples_and_options(client: TestClient, store
         ({"examples": EXAMPLES, "objective": "distil"}, "objective"),
         ({"examples": EXAMPLES, "objective": "rl"}, "objective"),
         ({"examples": EXAMPLES, "virtual_tokens": 4000}, "virtual_tokens"),
+        ({"examples": EXAMPLES, "template": "no place"}, "template"),
+        ({"examples": EXAMPLES, "template": 3}, "template"),
     ],
 )
 def test_what_cannot_be_trained_is_400_and_named(client: TestClient, body: dict[str, Any], param: str) -> None:
