@@ -11,7 +11,7 @@ from fastapi import Depends, FastAPI
 from prefix_store.jobs import BUILT_IN_METHODS
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.store import Store
-from server.api import errors, generate, model, ops, prefixes, training
+from server.api import errors, generate, inspect, model, ops, prefixes, training, verify
 from server.api.auth import Gate, authorise
 from server.api.exchange import Exchange
 from server.api.limits import MB, BodyLimit
@@ -61,6 +61,8 @@ def create_app(
     errors.install(app)
     app.add_middleware(BodyLimit, upload_bytes=max_upload_mb * MB)
     app.add_middleware(Exchange, metrics=metrics)
-    for router in (ops.router, model.router, generate.router, training.router, prefixes.router):
-        app.include_router(router)
+    routers = (ops, model, generate, training, inspect, verify)
+    # `prefixes` last: a reference may hold a slash, so its route for one prefix takes any path below it
+    for module in (*routers, prefixes):
+        app.include_router(module.router)
     return app

@@ -9,10 +9,10 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from prefix_store.cli import compare, generate, jobs, key, prefix, serve, train
+from prefix_store.cli import compare, generate, inspect, jobs, key, prefix, serve, train, verify
 
 # as a newcomer meets them
-ORDER = ("serve", "generate", "compare", "train", "jobs", "prefix", "worker", "key")
+ORDER = ("serve", "generate", "compare", "train", "jobs", "prefix", "inspect", "verify", "worker", "key")
 HELP = """Serve, train and use tuned prefixes of one frozen language model.
 
 \b
@@ -48,6 +48,8 @@ def build() -> typer.Typer:
     app.command()(train.train)
     app.add_typer(jobs.app, name="jobs")
     app.add_typer(prefix.app, name="prefix")
+    app.command()(inspect.inspect)
+    app.command()(verify.verify)
     app.add_typer(key.app, name="key")
     return app
 

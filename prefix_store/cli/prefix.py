@@ -60,7 +60,7 @@ def list_all() -> None:
 def show(ref: Ref) -> None:
     """Show one prefix as JSON."""
     with connect() as server:
-        typer.echo(json.dumps(server.get(_path(ref)), indent=2))
+        typer.echo(json.dumps(server.get(path_of(ref)), indent=2))
 
 
 @app.command()
@@ -103,7 +103,7 @@ def pull(
 ) -> None:
     """Download a prefix."""
     with connect() as server:
-        content = server.download(f"{_path(ref)}/export", format=format.value)
+        content = server.download(f"{path_of(ref)}/export", format=format.value)
     try:
         to.write_bytes(content) if format is Format.NATIVE else _unpack(content, to)
     except OSError as error:
@@ -117,7 +117,7 @@ def pull(
 def remove(ref: Ref) -> None:
     """Remove one version, or a prefix with all its versions."""
     with connect() as server:
-        removed = server.delete(_path(ref))
+        removed = server.delete(path_of(ref))
     typer.echo(printable(f"removed {removed['id']}, versions {', '.join(map(str, removed['versions']))}"))
 
 
@@ -148,7 +148,7 @@ def _converted(path: Path, format: Foreign, template: str | None, geometry: Mode
         fail(f"{path}: {error.message}")
 
 
-def _path(ref: str) -> str:
+def path_of(ref: str) -> str:
     """Where a prefix is over HTTP. What is no reference is refused here, for `..` would lead elsewhere."""
     try:
         PrefixRef.parse(ref, DEFAULT_TENANT)

@@ -8,7 +8,7 @@ stands at the row's own offset.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,8 @@ class PrefixRows:
 
     `kv` `[B, L, 2, Hkv, P, D]`, keys as they stand in a cache. `valid` `[B, P]`: false on padding. `offset` `[B]`: the
     position of the row's first real token. `slides` `[B]`: whether a sliding window may leave the prefix behind.
-    `memories`: one for each row, or none at all.
+    `memories`: one for each row, or none at all. `lengths` `[B]`: how far back the prefix begins, where that is not
+    what `valid` counts, because slots in its midst are left out.
     """
 
     kv: torch.Tensor
@@ -40,6 +41,7 @@ class PrefixRows:
     offset: torch.Tensor
     slides: torch.Tensor
     memories: tuple[Memory | None, ...] = ()
+    lengths: torch.Tensor | None = None
 
     @classmethod
     def stack(
@@ -84,9 +86,19 @@ class PrefixRows:
         if sliding_window is None:
             return valid
         slots = torch.arange(valid.shape[2], device=valid.device)
-        lengths = self.valid.sum(1)
+        lengths = self.valid.sum(1) if self.lengths is None else self.lengths
         distance = (lengths[:, None] + real_index)[:, :, None] - slots
         return valid & ((distance < sliding_window) | ~self.slides[:, None, None])
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one layer's attention saw: `key` and `value` `[B, Hkv, P + T, D]`, `weights` `[B, Hq, T, P + T]`."""
+
+    layer: int
+    key: torch.Tensor
+    value: torch.Tensor
+    weights: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,7 @@ class _Forward:
 
     prefixes: PrefixRows
     real_index: torch.Tensor
+    observer: Callable[[Seen], None] | None = None
 
 
 def attach(frozen: FrozenModel) -> FrozenModel:
@@ -139,8 +152,7 @@ def logits(
     frozen: FrozenModel, ids: torch.Tensor, real_mask: torch.Tensor, prefixes: PrefixRows | None
 ) -> torch.Tensor:
     """`[B, T, V]` for `ids` `[B, T]`, padded on either side where `real_mask` `[B, T]` is 0; has gradients."""
-    if frozen.model.config._attn_implementation != NAME:
-        raise RuntimeError("attach the frozen model to the reference first")
+    _check_attached(frozen)
     real_index = (real_mask.long().cumsum(1) - 1).clamp(min=0)
     offset = 0 if prefixes is None else prefixes.offset[:, None]
     output = frozen.model(
@@ -152,6 +164,25 @@ def logits(
     )
     result: torch.Tensor = output.logits
     return result
+
+
+@torch.no_grad()
+def observe(frozen: FrozenModel, ids: torch.Tensor, prefixes: PrefixRows, observer: Callable[[Seen], None]) -> None:
+    """Runs `ids` `[B, T]`, none of them padding, and shows the observer every layer's attention. Makes no logits."""
+    _check_attached(frozen)
+    real_index = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    frozen.model.base_model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        position_ids=prefixes.offset[:, None] + real_index,
+        use_cache=False,
+        prefix=_Forward(prefixes, real_index, observer),
+    )
+
+
+def _check_attached(frozen: FrozenModel) -> None:
+    if frozen.model.config._attn_implementation != NAME:
+        raise RuntimeError("attach the frozen model to the reference first")
 
 
 @torch.no_grad()
@@ -204,6 +235,8 @@ def attention(
         scores = softcap * torch.tanh(scores / softcap)
     weights = torch.softmax(scores + attention_mask, dim=-1, dtype=torch.float32).to(query.dtype)
     output = weights @ value.repeat_interleave(queries_per_key, dim=1)
+    if prefix is not None and prefix.observer is not None:
+        prefix.observer(Seen(layer, key, value, weights))
     if prefix is not None and prefix.prefixes.memories:
         output = output + recall(prefix.prefixes.memories, layer, query)
     return output.transpose(1, 2).contiguous(), None

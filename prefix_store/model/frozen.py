@@ -53,6 +53,13 @@ class FrozenModel:
         size: int = embeddings.num_embeddings
         return size
 
+    @property
+    def has_sliding_window(self) -> bool:
+        """Whether any layer sees only the last so many tokens."""
+        config = self.model.config.get_text_config()
+        kinds = getattr(config, "layer_types", None)
+        return "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None) is not None
+
 
 def load(source: str | Path, *, device: str = "cpu", dtype: str = "float32", name: str | None = None) -> FrozenModel:
     """Loads a hub id or a folder with eager attention. Raises ModelUnsupported with the reason."""

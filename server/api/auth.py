@@ -26,6 +26,8 @@ SCOPES = {
     ("GET", "/v1/prefixes"): "prefix:read",
     ("GET", "/v1/prefixes/{ref:path}"): "prefix:read",
     ("GET", "/v1/prefixes/{ref:path}/export"): "prefix:read",
+    ("GET", "/v1/prefixes/{ref:path}/inspect"): "prefix:read",
+    ("POST", "/v1/prefixes/{ref:path}/verify"): "generate",
     ("DELETE", "/v1/prefixes/{ref:path}"): "prefix:write",
     ("POST", "/v1/prefixes/{name}/train"): "train",
     ("GET", "/v1/jobs"): "train",

@@ -37,12 +37,13 @@ class Services:
     # one text at a time: a tokenizer is not made for several threads, and there are few cores
     tokenizing: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
 
+    # one at a time: it reads the whole vocabulary, and runs beside the engine
+    inspecting: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
+
     @property
     def has_sliding_window(self) -> bool:
         """Whether any layer sees only the last so many tokens."""
-        config = self.frozen.model.config.get_text_config()
-        kinds = getattr(config, "layer_types", None)
-        return "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None) is not None
+        return self.frozen.has_sliding_window
 
 
 def services(request: Request) -> Services:

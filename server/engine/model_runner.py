@@ -62,17 +62,17 @@ class ModelRunner:
         )
 
 
-def bind(model: torch.nn.Module) -> None:
-    """Makes every attention of the model call `antefix`.
+def bind(model: torch.nn.Module, name: str = attention.NAME) -> None:
+    """Makes every attention of the model call the function of that name, by default `antefix`.
 
     Some versions of transformers set the top config only, so each module's own config is set and then checked.
     """
-    model.set_attn_implementation(attention.NAME)  # type: ignore[operator]
+    model.set_attn_implementation(name)  # type: ignore[operator]
     for module in model.modules():
         config: Any = getattr(module, "config", None)
-        if config is not None and getattr(config, "_attn_implementation", attention.NAME) != attention.NAME:
-            config._attn_implementation = attention.NAME
-            if config._attn_implementation != attention.NAME:
+        if config is not None and getattr(config, "_attn_implementation", name) != name:
+            config._attn_implementation = name
+            if config._attn_implementation != name:
                 raise ModelUnsupported(f"{type(model).__name__} does not let its attention be replaced")
 
 

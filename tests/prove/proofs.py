@@ -7,6 +7,6 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from tests.prove import model, prefixes, soak, tables
+from tests.prove import inspect, model, prefixes, soak, tables
 
-PROOFS: dict[str, ModuleType] = {proof.SECTION: proof for proof in (model, prefixes, tables, soak)}
+PROOFS: dict[str, ModuleType] = {proof.SECTION: proof for proof in (model, prefixes, tables, inspect, soak)}

@@ -6,10 +6,11 @@ import math
 
 import pytest
 
+from prefix_store.model import apply
 from server.scheduler.sampling_params import SamplingParams
-from tests.prove import model, prefixes, soak, tables
-from tests.prove.bundled import Bench
-from trainer.bundled import records
+from tests.prove import inspect, model, prefixes, soak, tables
+from tests.prove.bundled import DATA, FOLDER, Bench, load
+from trainer.bundled import prefix_data, records
 from trainer.data import tokenize
 
 
@@ -80,6 +81,32 @@ def test_growth_is_the_slope_and_not_the_noise():
     flat = [(float(t), 1000 + (-1) ** t, 0) for t in range(100)]
     assert abs(soak.growth(flat)) < 0.001
     assert soak.growth([(t, 1000 + t, 0) for t, _, _ in flat]) == pytest.approx(74 / 1062, rel=0.01)
+
+
+def test_a_ranking_is_judged_by_other_texts():
+    """Virtual token 1 is missed by every text and 2 by none; 0 gets the most attention, and does harm."""
+    measured = {
+        "tokens": [10] * 6,
+        "nats": [[20.0, 18.0, 25.0, 20.0]] * 6,
+        "shares": [[0.5, 0.1, 0.3]] * 6,
+    }
+    found = inspect.compare(measured, ranked_on=2)
+    assert (found["told_apart"], found["by_attention"], found["virtual_tokens"]) == (1.0, 0.0, 3)
+    assert (found["highest"], found["lowest"]) == (pytest.approx(0.5), pytest.approx(-0.2))
+    proof = {"read_back": {"a": 0.96}, "prefixes": {"a": found}}
+    assert inspect.missed(proof) == []
+    assert len(inspect.missed({"read_back": {"a": 0.9}, "prefixes": {"a": found | {"told_apart": 0.8}}})) == 2
+    assert "| `a`, 3 | +0.5000 | -0.2000 | 100% | 0% | 96.0% |" in inspect.table(proof)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the texts are not at hand (shared/data)")
+def test_a_sample_of_texts_misses_what_is_ranked_highest():
+    bundled = apply.attach(load())
+    chosen = next(prefix for prefix in prefix_data.PREFIXES if prefix.name == "speeches")
+    texts = inspect.held_out(bundled, chosen)[:16]
+    found = inspect.compare(inspect.measure(bundled, FOLDER / "prefixes" / "speeches.safetensors", texts), ranked_on=8)
+    assert found["told_apart"] >= 0.75
+    assert found["highest"] > found["lowest"]
 
 
 @pytest.mark.slow
