@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 
 from prefix_store.errors import InvalidPrefix
 from prefix_store.prefix import PrefixManifest
@@ -19,15 +19,16 @@ METADATA_KEY = "antefix"
 
 def encode(manifest: PrefixManifest, tensors: PrefixTensors) -> bytes:
     """The native file; equal content gives equal bytes. Raises InvalidPrefix for what `decode` would refuse."""
-    text = json.dumps(manifest.to_json(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    PrefixManifest.from_json(strict_json(text, "manifest"))
-    validate(manifest, tensors)
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = save(plain, {METADATA_KEY: text})
-    length = int.from_bytes(data[:8], "little")
-    if length > MAX_HEADER:
-        raise InvalidPrefix(f"manifest: expected at most {MAX_HEADER} bytes with its template, got {length}")
+    data = save(_plain(tensors), _metadata(manifest, tensors))
+    _check_header(data[:8])
     return data
+
+
+def write(manifest: PrefixManifest, tensors: PrefixTensors, path: Path) -> None:
+    """Writes the bytes of `encode` without having them in memory. Raises InvalidPrefix as it does."""
+    save_file(_plain(tensors), path, _metadata(manifest, tensors))
+    with path.open("rb") as file:
+        _check_header(file.read(8))
 
 
 def decode(path: Path) -> tuple[PrefixManifest, PrefixTensors]:
@@ -51,6 +52,24 @@ def digest_of(source: bytes | Path) -> str:
         return hashlib.sha256(source).hexdigest()
     with source.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _metadata(manifest: PrefixManifest, tensors: PrefixTensors) -> dict[str, str]:
+    """What the header says. Raises InvalidPrefix unless it and the tensors are sound."""
+    text = json.dumps(manifest.to_json(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    PrefixManifest.from_json(strict_json(text, "manifest"))
+    validate(manifest, tensors)
+    return {METADATA_KEY: text}
+
+
+def _plain(tensors: PrefixTensors) -> PrefixTensors:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _check_header(start: bytes) -> None:
+    length = int.from_bytes(start, "little")
+    if length > MAX_HEADER:
+        raise InvalidPrefix(f"manifest: expected at most {MAX_HEADER} bytes with its template, got {length}")
 
 
 def _manifest(header: Header) -> PrefixManifest:

@@ -13,7 +13,12 @@ AntefixError
 │   └── JobNotFound
 ├── Unauthorized                 no key, or not a valid one
 ├── Forbidden                    a valid key without the needed scope
+├── QuotaExceeded                the tenant may not have more of it
+├── RateLimited                  the tenant has asked for too much in this minute
 ├── Conflict                     not in this state
+│   └── StillRunning             the same request, by its Idempotency-Key, is being answered
+├── KeyReused                    an Idempotency-Key that came with another request
+├── PreconditionFailed           it is no longer what the caller thinks it is
 ├── LeaseLost                    this worker no longer owns the job
 ├── Overloaded                   the queue is full; try again later
 ├── StoreUnavailable             the store cannot be reached
@@ -109,10 +114,42 @@ class Forbidden(AntefixError):
     code = "insufficient_scope"
 
 
+class QuotaExceeded(AntefixError):
+    """The tenant may not have more of it; asking again does not help."""
+
+    code = "quota_exceeded"
+
+
+class RateLimited(AntefixError):
+    """The tenant has asked for too much in this minute; there is room again in `retry_after` seconds."""
+
+    code = "rate_limit_exceeded"
+    retry_after = 60
+
+
 class Conflict(AntefixError):
     """The object is not in a state that allows this."""
 
     code = "conflict"
+
+
+class StillRunning(Conflict):
+    """The same request, by its Idempotency-Key, is being answered; ask again in `retry_after` seconds."""
+
+    code = "idempotency_key_in_use"
+    retry_after = 1
+
+
+class KeyReused(AntefixError):
+    """An Idempotency-Key that came with another request before."""
+
+    code = "idempotency_key_reused"
+
+
+class PreconditionFailed(AntefixError):
+    """The object is no longer what the caller thinks it is (`If-Match`)."""
+
+    code = "precondition_failed"
 
 
 class LeaseLost(AntefixError):

@@ -6,36 +6,39 @@ import dataclasses
 import json
 import secrets
 import string
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from prefix_store.backends.base import Backend
-from prefix_store.backends.blobs import Blobs
+from prefix_store import audit, holds, job_records, layout
+from prefix_store.backends.base import Backend, Blobs, Transaction
 from prefix_store.codec import digest_of
 from prefix_store.errors import InvalidRequest, InvalidTrainingData
-from prefix_store.jobs import BUILT_IN_METHODS, TRAINABLE_OBJECTIVES, Objective, TrainingJob, TrainingSpec
+from prefix_store.job_queue import JobQueue
+from prefix_store.jobs import (
+    BUILT_IN_METHODS,
+    TRAINABLE_OBJECTIVES,
+    JobEvent,
+    JobStatus,
+    Objective,
+    TrainingJob,
+    TrainingSpec,
+)
 from prefix_store.prefix import check_name
 
 EXAMPLE_FIELDS = ("prompt", "completion")
 OPTIONS = frozenset(field.name for field in dataclasses.fields(TrainingSpec)) - {"data_digest", "examples"}
+LAST_EVENT = 10**9 - 1
 _ID_ALPHABET = string.ascii_letters + string.digits
 
 
-class JobStore:
-    """Jobs and their training data. The verbs besides `submit` and `examples` are the backend's own."""
+class JobStore(JobQueue):
+    """Jobs, their history and their training data."""
 
     def __init__(self, backend: Backend, blobs: Blobs) -> None:
-        self._backend = backend
+        super().__init__(backend)
         self._blobs = blobs
-        self.claim = backend.claim
-        self.heartbeat = backend.heartbeat
-        self.finish = backend.finish
-        self.request_cancel = backend.request_cancel
-        self.job = backend.job
-        self.jobs = backend.jobs
-        self.job_counts = backend.job_counts
-        self.add_event = backend.add_event
-        self.events = backend.events
 
     def submit(
         self,
@@ -44,23 +47,81 @@ class JobStore:
         examples: Sequence[Mapping[str, str]],
         options: Mapping[str, Any],
         methods: Sequence[str] = BUILT_IN_METHODS,
+        by: str = audit.LOCAL,
+        also: Callable[[Transaction, TrainingJob], None] | None = None,
     ) -> TrainingJob:
         """Queues the training of `tenant/name` on examples of `prompt` and `completion`.
 
-        `options`: fields of TrainingSpec. `methods`: the names that its `method` may have. Raises InvalidName,
-        InvalidTrainingData with the line, InvalidRequest with the field.
+        `options`: fields of TrainingSpec. `methods`: the names that its `method` may have. `also` is done in the
+        transaction that queues. Raises InvalidName, InvalidTrainingData with the line, InvalidRequest with the field,
+        QuotaExceeded, and what `also` raises.
         """
         check_name(tenant, "tenant")
         check_name(name)
         data = b"".join(_line(number, example) for number, example in enumerate(examples, start=1))
         spec = _spec(digest_of(data), len(examples), options, methods)
-        self._blobs.put(data)
-        return self._backend.enqueue(_new_id(), tenant, name, spec)
+        with holds.held(self._backend, tenant, spec.data_digest) as hold:
+            self._blobs.put(data)
+            return self._backend.write(partial(_enqueue, _new_id(), tenant, name, spec, by, hold, also))
+
+    def job(self, tenant: str, job_id: str) -> TrainingJob | None:
+        """The job, or None."""
+        with self._backend.view() as view:
+            record = job_records.find(view, job_id, tenant)
+        return record.job if record is not None else None
+
+    def jobs(self, tenant: str, after: str | None, limit: int) -> list[TrainingJob]:
+        """Newest first; `after` is the last job id of the page before."""
+        with self._backend.view() as view:
+            last = job_records.find(view, after, tenant) if after is not None else None
+            if after is not None and last is None:
+                return []
+            before = layout.jobs("jobs", tenant, last.number).rpartition("/")[2] if last is not None else ""
+            page = view.scan(layout.jobs("jobs", tenant), after=before, limit=limit, descending=True)
+            found = view.get_many([layout.job(job_id) for _, job_id in page])
+        return [TrainingJob.from_json(data) for data in found if data is not None]
+
+    def job_counts(self) -> dict[JobStatus, int]:
+        """How many jobs stand in each state, over all tenants."""
+        with self._backend.view() as view:
+            usages = view.scan("usage/")
+        totals: Counter[str] = Counter()
+        for _, usage in usages:
+            totals.update(usage["jobs"])
+        return {status: totals[status] for status in JobStatus}
+
+    def events(self, tenant: str, job_id: str, after: int, limit: int) -> list[JobEvent]:
+        """Events with a sequence above `after`, oldest first."""
+        with self._backend.view() as view:
+            if job_records.find(view, job_id, tenant) is None:
+                return []
+            first = layout.event(job_id, min(after, LAST_EVENT)).rpartition("/")[2]
+            page = view.scan(layout.event(job_id), after=first, limit=limit)
+        return [JobEvent(**data) for _, data in page]
 
     def examples(self, job: TrainingJob) -> list[dict[str, str]]:
         """What the job trains on. Raises StoreCorrupt unless the stored bytes match the digest."""
         lines = self._blobs.read(job.spec.data_digest).split(b"\n")[:-1]
         return [json.loads(line) for line in lines]
+
+
+def _enqueue(
+    job_id: str,
+    tenant: str,
+    name: str,
+    spec: TrainingSpec,
+    by: str,
+    hold: str,
+    also: Callable[[Transaction, TrainingJob], None] | None,
+    transaction: Transaction,
+) -> TrainingJob:
+    holds.release(transaction, hold)
+    job = TrainingJob(job_id, tenant, name, spec, JobStatus.QUEUED, created_at=transaction.now)
+    job_records.add(transaction, job)
+    audit.record(transaction, by, tenant, "job.submit", job_id, spec.data_digest)
+    if also is not None:
+        also(transaction, job)
+    return job
 
 
 def _line(number: int, example: Mapping[str, str]) -> bytes:

@@ -166,6 +166,19 @@ class TrainingJob:
     error: JobError | None = None
     progress: dict[str, Any] = field(default_factory=dict)
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON, as the store keeps it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> TrainingJob:
+        """Reads `to_json`'s object; fields that it does not know are a later version's."""
+        fields = {field.name: data[field.name] for field in dataclasses.fields(cls) if field.name in data}
+        fields["spec"] = TrainingSpec.from_json(data["spec"])
+        fields["status"] = JobStatus(data["status"])
+        fields["error"] = JobError(**data["error"]) if data["error"] is not None else None
+        return cls(**fields)
+
 
 @dataclass(frozen=True)
 class JobEvent:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from prefix_store.errors import InvalidName, InvalidPrefix
+from prefix_store.errors import InvalidName, InvalidPrefix, InvalidRequest
 from prefix_store.geometry import ModelGeometry
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -16,6 +17,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 ALIAS = re.compile(r"[a-z][a-z0-9._-]{0,63}")
 NAME_RULE = "1 to 64 of a-z 0-9 . _ -, beginning with a letter or digit"
 FORMAT = 1
+MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
 PLACE = "{prompt}"  # where in a template the prompt goes
 LONGEST_TEMPLATE = 20_000
 
@@ -168,7 +170,11 @@ def _optional(data: dict[str, Any], key: str, pattern: str) -> str | None:
 
 @dataclass(frozen=True)
 class PrefixVersion:
-    """One immutable stored version: who, when and which job stand here, never in the file."""
+    """One stored version: who, when and which job stand here, never in the file.
+
+    What it is never changes; `metadata`, `pinned` and `expires_at` may. A pinned version is neither deleted nor does it
+    expire; `expires_at` is in seconds of the store's clock.
+    """
 
     tenant: str
     name: str
@@ -180,8 +186,50 @@ class PrefixVersion:
     created_at: float
     base_digest: str | None = None
     job_id: str | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    pinned: bool = False
+    expires_at: float | None = None
 
     @property
     def ref(self) -> PrefixRef:
         """The reference that names exactly this version."""
         return PrefixRef(self.tenant, self.name, self.version)
+
+    def has_expired(self, now: float) -> bool:
+        """Whether it is no longer to be had."""
+        return self.expires_at is not None and self.expires_at <= now and not self.pinned
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON, as the store keeps it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> PrefixVersion:
+        """Reads `to_json`'s object; fields that it does not know are a later version's."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        fields = {key: value for key, value in data.items() if key in known}
+        return cls(**{**fields, "method": Method(data["method"])})
+
+
+def check_metadata(metadata: Any) -> dict[str, str]:
+    """Returns free-form notes on a version if they are legal: as many and as long as OpenAI's `metadata`.
+
+    Raises InvalidRequest.
+    """
+    legal = (
+        isinstance(metadata, dict)
+        and len(metadata) <= MAX_METADATA
+        and all(isinstance(key, str) and 0 < len(key) <= MAX_METADATA_KEY for key in metadata)
+        and all(isinstance(value, str) and len(value) <= MAX_METADATA_VALUE for value in metadata.values())
+    )
+    if not legal:
+        raise InvalidRequest(
+            f"metadata must be at most {MAX_METADATA} texts of up to {MAX_METADATA_VALUE} characters under names of "
+            f"up to {MAX_METADATA_KEY}",
+            param="metadata",
+        )
+    try:
+        json.dumps(metadata, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest("metadata is not valid Unicode", param="metadata") from None
+    return dict(metadata)

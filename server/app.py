@@ -11,11 +11,14 @@ from fastapi import Depends, FastAPI
 from prefix_store.jobs import BUILT_IN_METHODS
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.store import Store
-from server.api import errors, generate, inspect, model, ops, prefixes, training, verify
+from server.api import errors, generate, inspect, model, ops, prefixes, training, uploads, verify, versions
 from server.api.auth import Gate, authorise
 from server.api.exchange import Exchange
 from server.api.limits import MB, BodyLimit
+from server.api.rates import Rates, counters
+from server.api.recent import Recent
 from server.api.services import Services
+from server.collector import COLLECT_SECONDS, PATIENCE_SECONDS, Collector
 from server.engine.loop import EngineLoop
 from server.engine.prefix_loader import PrefixLoader
 from server.metrics import Metrics
@@ -31,19 +34,25 @@ def create_app(
     require_prefix: bool = False,
     methods: Sequence[str] = BUILT_IN_METHODS,
     max_upload_mb: int = 256,
+    counters_url: str | None = None,
+    collect_seconds: float = COLLECT_SECONDS,
     clock: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
     """Joins the parts of a server. The loop must run; it is stopped, and the store closed, when the app shuts down.
 
-    `methods` names the ways to tune a prefix that a job may ask for. `clock` is the one that the engine reads deadlines
-    by.
+    `methods` names the ways to tune a prefix that a job may ask for. `counters_url`: the store's address, where rates
+    are counted if it is a Redis. `clock` is the one that the engine reads deadlines by.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        collector = Collector(store, collect_seconds)
+        collector.start()
         yield
         loop.stop()
+        collector.stop()
         store.close()
+        collector.join(PATIENCE_SECONDS)
 
     # FastAPI's own pages would be served without asking for a key
     app = FastAPI(
@@ -56,13 +65,19 @@ def create_app(
         redirect_slashes=False,
     )
     metrics = Metrics(loop.stats, store.jobs.job_counts)
-    gate = Gate(store.keys, is_loopback=is_loopback)
-    app.state.services = Services(store, frozen, loop, loader, metrics, gate, require_prefix, methods, clock)
+    recent = Recent(lambda what: metrics.from_memory.labels(what).inc())
+    gate = Gate(store.keys, recent, is_loopback=is_loopback)
+    rates = Rates(
+        lambda tenant: recent.ask("quotas", tenant, lambda: store.tenants.quotas(tenant)), counters(counters_url), clock
+    )
+    app.state.services = Services(
+        store, frozen, loop, loader, metrics, gate, rates, recent, require_prefix, methods, clock
+    )
     errors.install(app)
-    app.add_middleware(BodyLimit, upload_bytes=max_upload_mb * MB)
+    app.add_middleware(BodyLimit, upload_bytes=max_upload_mb * MB, metrics=metrics)
     app.add_middleware(Exchange, metrics=metrics)
-    routers = (ops, model, generate, training, inspect, verify)
+    parts = (ops, model, generate, training, uploads, versions, inspect, verify)
     # `prefixes` last: a reference may hold a slash, so its route for one prefix takes any path below it
-    for module in (*routers, prefixes):
-        app.include_router(module.router)
+    for part in (*parts, prefixes):
+        app.include_router(part.router)
     return app

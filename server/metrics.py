@@ -51,7 +51,13 @@ class Metrics:
         self.latency = self._histogram("e2e_request_latency_seconds", "From arrival to the last token")
         self.prefix_load = self._histogram("prefix_load_seconds", "Resolving and reading a request's prefix")
         self.finished = self._counter("request_success", "Choices by finish reason", "finished_reason")
+        self.refused = self._counter(
+            "requests_refused", "Requests that failed for a known reason, by error code", "code"
+        )
         self.upload_rejected = self._counter("upload_rejected", "Uploads refused, by error code", "code")
+        self.from_memory = self._counter(
+            "answers_from_memory", "Answers known from before, the store being away", "what"
+        )
         self.responses = self._counter("http_responses", "Replies by route and status", "route", "status")
 
     def render(self) -> bytes:

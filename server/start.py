@@ -15,7 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from prefix_store import codec
-from prefix_store.errors import AntefixError, InvalidPrefix
+from prefix_store.errors import AntefixError, InvalidPrefix, StoreCorrupt
 from prefix_store.model import frozen as models
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import PrefixVersion
@@ -70,6 +70,7 @@ def _serve(chosen: Settings) -> None:
         require_prefix=chosen.require_prefix,
         methods=chosen.method_names,
         max_upload_mb=chosen.max_upload_mb,
+        counters_url=chosen.store,
     )
     loop.start()
     address = f"http://{_bracketed(chosen.host)}:{listener.getsockname()[1]}"
@@ -131,8 +132,9 @@ def fitting(store: Store, frozen: FrozenModel) -> list[PrefixVersion]:
     """The default tenant's first prefixes that this model can serve; the store may hold another model's too."""
     found: list[PrefixVersion] = []
     for version in store.prefixes.page(DEFAULT_TENANT, limit=LOOKED_AT):
-        with suppress(InvalidPrefix, OSError):
-            manifest = codec.read_manifest(store.prefixes.path(version))
+        with suppress(InvalidPrefix, StoreCorrupt):
+            with store.prefixes.file(version) as path:
+                manifest = codec.read_manifest(path)
             check_fits(manifest, frozen.geometry, frozen.digest, frozen.context_length)
             found.append(version)
         if len(found) > welcome.SHOWN:

@@ -64,9 +64,9 @@ class JobRun:
         validate = partial(self._validate, method, parts.valid) if parts.valid else None
         result = fit(self._frozen, method, parts.train, self._spec, validate=validate, on_progress=self._hear)
         self._tell(summary(result))
-        job = self._job
+        job, by = self._job, f"worker {self._job.worker}"
         manifest = dataclasses.replace(method.manifest(), template=self._spec.template)
-        return self._store.prefixes.save(job.tenant, job.name, manifest, result.tensors, job=job)
+        return self._store.prefixes.save(job.tenant, job.name, manifest, result.tensors, job=job, by=by)
 
     def _validate(self, method: TuningMethod, examples: list[Example]) -> float:
         return nats_per_token(self._frozen, method.rows, self._batches(examples))

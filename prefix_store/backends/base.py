@@ -1,99 +1,172 @@
-"""The verbs of a record backend. Each is atomic; all times are the store's own clock, in seconds."""
+"""What a store is made of: JSON records in the order of their keys, with transactions over them, and blobs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
-
-from prefix_store.jobs import Heartbeat, JobError, JobEvent, JobStatus, TrainingJob, TrainingSpec
-from prefix_store.prefix import PrefixManifest, PrefixVersion
-from prefix_store.tenants import ApiKey
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 # Where server, trainer and command line keep everything unless they are told otherwise.
 DEFAULT_STORE = "sqlite:///.antefix/store.db"
+# Records that are read at once where all of a folder are wanted, so that nobody else waits long.
+PAGE = 1000
+T = TypeVar("T")
+
+
+class View(Protocol):
+    """Reads records. Keys are ASCII and ordered by their bytes; values are JSON."""
+
+    @property
+    def now(self) -> float:
+        """Seconds by the store's own clock, the same for all who share the store."""
+
+    def get(self, key: str) -> Any:
+        """The value, or None."""
+
+    def get_many(self, keys: Sequence[str]) -> list[Any]:
+        """The values in the order asked for, None where there is none."""
+
+    def scan(
+        self, prefix: str, *, after: str = "", limit: int | None = None, descending: bool = False
+    ) -> list[tuple[str, Any]]:
+        """The records whose key begins with `prefix`, which ends in `/`; the keys come back without it.
+
+        `after` is such a shortened key: only what follows it, in the direction of the scan, is returned.
+        """
+
+
+class Transaction(View, Protocol):
+    """Reads and writes. `get` sees this transaction's own writes, `scan` does not."""
+
+    def put(self, key: str, value: Any) -> None:
+        """Writes a record, new or not."""
+
+    def delete(self, key: str) -> None:
+        """Removes a record, present or not."""
 
 
 class Backend(Protocol):
-    """Where the records are kept. Blobs are elsewhere and always written before the record that names them."""
+    """Where the records are kept. Safe to share between threads. Every verb raises StoreUnavailable."""
 
-    def publish(
-        self, tenant: str, name: str, manifest: PrefixManifest, digest: str, size_bytes: int, job: TrainingJob | None
-    ) -> PrefixVersion:
-        """Adds the next version of `tenant/name` and makes it current.
+    def view(self) -> AbstractContextManager[View]:
+        """For reading. Each read is of its own moment; what must be consistent is read in a transaction."""
 
-        With a job: refused with LeaseLost unless the job is running under `job.fence`, marks the job succeeded in the
-        same transaction, and returns the version already published when the job was published before.
+    def write(self, work: Callable[[Transaction], T]) -> T:
+        """Runs `work` and keeps all its writes durably, or none if it raises. Returns what `work` returns.
+
+        As if no other transaction ran meanwhile; to that end `work` may be run more than once.
         """
-
-    def version(self, tenant: str, name: str, version: int | None) -> PrefixVersion | None:
-        """That version, or the current one for None; None if there is none."""
-
-    def current_versions(self, tenant: str, after: str, limit: int) -> list[PrefixVersion]:
-        """Current versions of names greater than `after`, in name order."""
-
-    def ever_published(self, tenant: str, name: str) -> bool:
-        """Whether the name was ever used, deleted or not."""
-
-    def delete(self, tenant: str, name: str, version: int | None) -> list[PrefixVersion]:
-        """Removes one version, or all for None, and returns what was removed. Version numbers are never used again.
-
-        When the current version goes, the highest remaining one becomes current.
-        """
-
-    def digests(self) -> set[str]:
-        """Every digest that a record names: prefix blobs and training data."""
-
-    def enqueue(self, job_id: str, tenant: str, name: str, spec: TrainingSpec) -> TrainingJob:
-        """Adds a queued job."""
-
-    def claim(self, worker: str, lease_seconds: float) -> TrainingJob | None:
-        """Takes the next job: queued, or running with a lapsed lease; least busy tenant first, then age.
-
-        Raises attempt and fence. A job whose lease has lapsed is not taken but cancelled if that was requested, or
-        failed with code `worker_lost` if its attempts are used up.
-        """
-
-    def heartbeat(self, job: TrainingJob, lease_seconds: float, progress: dict[str, Any]) -> Heartbeat:
-        """Extends the lease and records progress. Raises LeaseLost."""
-
-    def finish(self, job: TrainingJob, status: JobStatus, error: JobError | None) -> TrainingJob:
-        """Ends a running job, or hands it back with status queued. Raises LeaseLost, Conflict for an illegal status.
-
-        A job that is handed back gets its attempt back; if its cancelling was requested, it is cancelled instead.
-        """
-
-    def request_cancel(self, tenant: str, job_id: str) -> TrainingJob:
-        """A queued job is cancelled at once, a running one is flagged. Raises JobNotFound, Conflict when final."""
-
-    def job(self, tenant: str, job_id: str) -> TrainingJob | None:
-        """The job, or None."""
-
-    def jobs(self, tenant: str, after: str | None, limit: int) -> list[TrainingJob]:
-        """Newest first; `after` is the last job id of the page before."""
-
-    def job_counts(self) -> dict[JobStatus, int]:
-        """How many jobs stand in each state, over all tenants."""
-
-    def add_event(self, job: TrainingJob, kind: str, data: dict[str, Any]) -> None:
-        """Appends to the job's history. Raises LeaseLost."""
-
-    def events(self, tenant: str, job_id: str, after: int, limit: int) -> list[JobEvent]:
-        """Events with a sequence above `after`, oldest first."""
-
-    def add_key(self, key: ApiKey) -> None:
-        """Stores a key."""
-
-    def key(self, key_id: str) -> ApiKey | None:
-        """The key with this public id, or None."""
-
-    def keys(self) -> Sequence[ApiKey]:
-        """Every key, oldest first."""
-
-    def remove_key(self, key_id: str) -> bool:
-        """Whether there was one."""
 
     def ping(self) -> None:
         """Raises StoreUnavailable unless the store answers."""
 
+    def examine(self) -> list[str]:
+        """What in the database's own settings endangers what is kept. Raises StoreCorrupt if it is damaged."""
+
+    def scrub(self) -> None:
+        """Overwrites what was removed, where the database itself would leave its bytes in a file."""
+
     def close(self) -> None:
         """Lets go of connections."""
+
+
+class Blobs(Protocol):
+    """Bytes kept under their sha256. A blob is whole or absent, whenever the power goes. Safe to share."""
+
+    def put(self, data: bytes) -> str:
+        """Keeps the bytes durably and returns their digest. Raises StoreUnavailable, PayloadTooLarge."""
+
+    def spool(self) -> AbstractContextManager[Path]:
+        """A new file for what may become a blob, or not. Gone afterwards; if this process is killed, by `tidy`."""
+
+    def put_file(self, path: Path, digest: str) -> None:
+        """Keeps a file of `spool`, which is used up, under the digest it has. Raises what `put` raises."""
+
+    def read(self, digest: str) -> bytes:
+        """The blob's bytes. Raises StoreCorrupt unless they are there and match the digest."""
+
+    def file(self, digest: str) -> AbstractContextManager[Path]:
+        """The blob as a file to read, for what is too large to hold twice. Raises StoreCorrupt as `read` does."""
+
+    def digests(self) -> Iterator[str]:
+        """Every blob that is kept, whole or not."""
+
+    def remove_unless(self, digest: str, needed: Callable[[], bool]) -> bool:
+        """Removes a blob unless it is needed, as if nobody put it between the question and the removal."""
+
+    def tidy(self) -> None:
+        """Removes what writers that were killed left behind."""
+
+    def ping(self) -> None:
+        """Raises StoreUnavailable unless blobs can be reached."""
+
+    def close(self) -> None:
+        """Lets go of connections."""
+
+
+class BufferedTransaction:
+    """A transaction that holds its writes back, for the backend to make them all at once."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self.writes: dict[str, str | None] = {}
+
+    @property
+    def now(self) -> float:
+        """See `View`."""
+        return self._view.now
+
+    def get(self, key: str) -> Any:
+        """See `View`."""
+        return self.get_many([key])[0]
+
+    def get_many(self, keys: Sequence[str]) -> list[Any]:
+        """See `View`."""
+        unwritten = [key for key in keys if key not in self.writes]
+        read = dict(zip(unwritten, self._view.get_many(unwritten), strict=True)) if unwritten else {}
+        return [read[key] if key in read else from_json(self.writes[key]) for key in keys]
+
+    def scan(
+        self, prefix: str, *, after: str = "", limit: int | None = None, descending: bool = False
+    ) -> list[tuple[str, Any]]:
+        """See `View`."""
+        return self._view.scan(prefix, after=after, limit=limit, descending=descending)
+
+    def put(self, key: str, value: Any) -> None:
+        """See `Transaction`."""
+        self.writes[key] = to_json(value)
+
+    def delete(self, key: str) -> None:
+        """See `Transaction`."""
+        self.writes[key] = None
+
+
+def walk(backend: Backend, folder: str, after: str = "") -> Iterator[tuple[str, Any]]:
+    """Every record of a folder, as `scan` gives them, a page at a time. Of what changes meanwhile, some is missed."""
+    while True:
+        with backend.view() as view:
+            page = view.scan(folder, after=after, limit=PAGE)
+        yield from page
+        if len(page) < PAGE:
+            return
+        after = page[-1][0]
+
+
+def bounds(prefix: str, after: str, descending: bool) -> tuple[str, str]:
+    """The keys, both exclusive, between which a scan looks. `/` is followed by `0` in ASCII."""
+    end = prefix[:-1] + "0"
+    if descending:
+        return prefix, prefix + after if after else end
+    return prefix + after, end
+
+
+def to_json(value: Any) -> str:
+    """A record's value as it is kept: in ASCII, for half a surrogate pair has no bytes of its own."""
+    return json.dumps(value, separators=(",", ":"))
+
+
+def from_json(text: str | None) -> Any:
+    """The value behind `to_json`'s text; None for an absent record."""
+    return None if text is None else json.loads(text)

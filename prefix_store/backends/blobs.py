@@ -1,4 +1,4 @@
-"""Bytes kept under their sha256 in a folder. A blob is whole or absent, whenever the power goes."""
+"""Blobs in a folder. Implements `backends.base.Blobs`, where the contracts stand."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from prefix_store.errors import StoreCorrupt, StoreUnavailable
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_CHUNK = 1 << 20
+# What a writer leaves in the temporary folder is rubbish after this: none takes so long.
+ABANDONED_SECONDS = 3600.0
 
 
-class Blobs:
+class FolderBlobs:
     """`sha256/ab/<digest>` under `root`. Any number of threads and processes of one host may share a root."""
 
     def __init__(self, root: Path, clock: Callable[[], float] = time.time) -> None:
@@ -30,69 +31,96 @@ class Blobs:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def put(self, data: bytes) -> str:
-        """Keeps the bytes durably and returns their digest."""
-        return self._put([data])
+        """See `Blobs`."""
+        digest = hashlib.sha256(data).hexdigest()
+        with self.spool() as path:
+            with _storage():
+                path.write_bytes(data)
+            self.put_file(path, digest)
+        return digest
 
-    def path(self, digest: str) -> Path:
-        """Where the blob is, if it is kept; its content is not checked."""
-        if not _DIGEST.fullmatch(digest):
-            raise ValueError(f"not a sha256 in hex: {digest[:80]!r}")
-        return self._blobs / digest[:2] / digest
+    @contextlib.contextmanager
+    def spool(self) -> Iterator[Path]:
+        """See `Blobs`."""
+        path = self._temporary / uuid.uuid4().hex
+        with _storage():
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        try:
+            yield path
+        finally:
+            with _storage():
+                path.unlink(missing_ok=True)
+
+    def put_file(self, path: Path, digest: str) -> None:
+        """See `Blobs`."""
+        with _storage():
+            _sync(path)
+            self._place(path, self._path(digest))
 
     def read(self, digest: str) -> bytes:
-        """The blob's bytes. Raises StoreCorrupt unless they are there and match the digest."""
+        """See `Blobs`."""
         with _storage(), _present(digest):
-            data = self.path(digest).read_bytes()
-        _check(digest, hashlib.sha256(data).hexdigest())
+            data = self._path(digest).read_bytes()
+        check_digest(digest, hashlib.sha256(data).hexdigest())
         return data
 
-    def verify(self, digest: str) -> Path:
-        """The blob's path, for what is too large to hold twice. Raises StoreCorrupt as `read` does."""
-        path = self.path(digest)
+    @contextlib.contextmanager
+    def file(self, digest: str) -> Iterator[Path]:
+        """See `Blobs`. It stays readable for whoever has opened it, even if it is removed."""
+        path = self._path(digest)
         with _storage(), _present(digest), path.open("rb") as file:
-            _check(digest, hashlib.file_digest(file, "sha256").hexdigest())
-        return path
+            check_digest(digest, hashlib.file_digest(file, "sha256").hexdigest())
+        try:
+            yield path
+        except FileNotFoundError:
+            if path.exists():
+                raise
+            raise StoreCorrupt(f"blob {digest} is missing") from None  # removed before it was opened again
 
-    def collect(self, keep: set[str], older_than_seconds: float) -> int:
-        """Removes blobs not in `keep` and what writers left behind, both only when old; returns how many.
-
-        The age protects a blob whose record is about to be written.
-        """
-        oldest = self._clock() - older_than_seconds
+    def digests(self) -> Iterator[str]:
+        """See `Blobs`."""
         with _storage():
-            found = [*self._blobs.glob("??/*"), *self._temporary.iterdir()]
-            return sum(self._remove_if_old(path, oldest) for path in found if path.name not in keep)
+            for path in self._blobs.glob("??/*"):
+                if _DIGEST.fullmatch(path.name):
+                    yield path.name
+
+    def remove_unless(self, digest: str, needed: Callable[[], bool]) -> bool:
+        """See `Blobs`. A put waits while this asks."""
+        with _storage(), self._lock(fcntl.LOCK_EX):
+            if needed():
+                return False
+            self._path(digest).unlink(missing_ok=True)
+        return True
+
+    def tidy(self) -> None:
+        """See `Blobs`."""
+        oldest = self._clock() - ABANDONED_SECONDS
+        with _storage():
+            for path in self._temporary.iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    if path.stat().st_mtime < oldest:
+                        path.unlink()
 
     def ping(self) -> None:
         """Raises StoreUnavailable unless the folder is there."""
         if not self._temporary.is_dir():
             raise StoreUnavailable("the blob folder cannot be reached")
 
-    def _put(self, chunks: Iterable[bytes]) -> str:
-        temporary = self._temporary / uuid.uuid4().hex
-        with _storage():
-            try:
-                digest = _write(temporary, chunks)
-                self._place(temporary, self.path(digest))
-            finally:
-                temporary.unlink(missing_ok=True)
-        return digest
+    def close(self) -> None:
+        """See `Blobs`."""
+
+    def _path(self, digest: str) -> Path:
+        if not _DIGEST.fullmatch(digest):
+            raise ValueError(f"not a sha256 in hex: {digest[:80]!r}")
+        return self._blobs / digest[:2] / digest
 
     def _place(self, temporary: Path, path: Path) -> None:
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        # replaced even when present: that heals a damaged blob and makes an old one young again
-        with self._lock(fcntl.LOCK_SH):
+        # replaced even when present: that heals a damaged blob
+        with self._lock(fcntl.LOCK_SH):  # not while a collector looks whether it is needed
             os.replace(temporary, path)
         for folder in (path.parent, self._blobs):
             _sync(folder)
-
-    def _remove_if_old(self, path: Path, oldest: float) -> bool:
-        # without the lock a writer could replace the file between the look at its age and its removal
-        with self._lock(fcntl.LOCK_EX), contextlib.suppress(FileNotFoundError):
-            if path.stat().st_mtime < oldest:
-                path.unlink()
-                return True
-        return False
 
     @contextlib.contextmanager
     def _lock(self, kind: int) -> Iterator[None]:
@@ -117,24 +145,15 @@ def _present(digest: str) -> Iterator[None]:
         raise StoreCorrupt(f"blob {digest} is missing") from None
 
 
-def _check(digest: str, actual: str) -> None:
+def check_digest(digest: str, actual: str) -> None:
+    """Raises StoreCorrupt unless stored bytes still hash to their name."""
     if actual != digest:
         raise StoreCorrupt(f"blob {digest} is damaged: its bytes now hash to {actual}")
 
 
-def _write(path: Path, chunks: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        for chunk in chunks:
-            digest.update(chunk)
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """A file's bytes, or a folder's entries."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

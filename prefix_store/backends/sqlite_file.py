@@ -1,4 +1,4 @@
-"""One SQLite file: its connections, its transactions and the version of its schema. Knows no table."""
+"""One SQLite file: its connections, its transactions and the version of its schema."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from prefix_store.errors import Conflict, StoreUnavailable
+from prefix_store.backends import schema1
+from prefix_store.errors import StoreUnavailable
 
 BUSY_SECONDS = 10.0
+SCHEMA_VERSION = 2
+SCHEMA = "CREATE TABLE records (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
 
 
 class SqliteFile:
     """Lends a connection to one thread at a time. Any number of threads and processes of one host may share a file."""
 
-    def __init__(self, path: Path, schema: str, schema_version: int) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path.absolute()
         self._idle: list[sqlite3.Connection] = []
         self._closed = False
         _create(self._path)
         self._check_journal()
-        self._migrate(schema, schema_version)
+        self._upgrade()
 
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
-        """A connection for single SELECTs. Every sqlite3 error leaves as StoreUnavailable or Conflict."""
+        """A connection for single SELECTs. Every sqlite3 error leaves as StoreUnavailable."""
         connection = self._take()
         try:
             yield connection
-        except sqlite3.IntegrityError as error:
-            self._give_back(connection)
-            raise Conflict(f"the store already has it: {error}") from error
         except sqlite3.Error as error:
             connection.close()  # after a failure of the file a connection may be in any state
             raise StoreUnavailable(f"the store cannot be used: {error}") from error
@@ -53,6 +53,14 @@ class SqliteFile:
             finally:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
+
+    def scrub(self) -> None:
+        """Writes the file anew without what was removed, and empties the write-ahead log."""
+        with self.read() as connection:
+            connection.execute("VACUUM")
+            (busy, _, _) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            raise StoreUnavailable("the store is in use, so its log keeps what was removed; try again")
 
     def close(self) -> None:
         """Closes the connections that nobody holds; the others close as they come back."""
@@ -100,17 +108,19 @@ class SqliteFile:
                 "as it does on network file systems; use a local disk"
             )
 
-    def _migrate(self, schema: str, known: int) -> None:
+    def _upgrade(self) -> None:
         with self.write() as connection:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
-            if version > known:
+            if version > SCHEMA_VERSION:
                 raise StoreUnavailable(
-                    f"{self._path} was written by a newer antefix: its schema is {version}, this one knows {known}"
+                    f"{self._path} was written by a newer antefix: its schema is {version}, "
+                    f"this one knows {SCHEMA_VERSION}"
                 )
-            if version == 0:
-                for statement in schema.split(";"):
-                    connection.execute(statement)
-                connection.execute(f"PRAGMA user_version = {known}")
+            if version < SCHEMA_VERSION:
+                connection.execute(SCHEMA)
+                if version == 1:
+                    schema1.convert(connection)
+                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
 def _create(path: Path) -> None:

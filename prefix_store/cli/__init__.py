@@ -9,10 +9,26 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from prefix_store.cli import compare, generate, inspect, jobs, key, prefix, serve, train, verify
+from prefix_store.cli import (
+    audit,
+    compare,
+    generate,
+    inspect,
+    jobs,
+    key,
+    prefix,
+    serve,
+    store,
+    tenant,
+    train,
+    verify,
+)  # fmt: skip
 
 # as a newcomer meets them
-ORDER = ("serve", "generate", "compare", "train", "jobs", "prefix", "inspect", "verify", "worker", "key")
+ORDER = (
+    "serve", "generate", "compare", "train", "jobs", "prefix", "inspect", "verify", "worker", "key", "tenant", "audit",
+    "store", "doctor",
+)  # fmt: skip
 HELP = """Serve, train and use tuned prefixes of one frozen language model.
 
 \b
@@ -21,7 +37,8 @@ antefix compare "Once upon a time" --prefix plays,carroll --bare
 antefix train --name mine --data examples.jsonl
 """
 EPILOG = (
-    "serve, worker and key open the store at ANTEFIX_STORE. The others speak to the server at ANTEFIX_URL, "
+    "serve, worker, key, tenant, audit, store and doctor open the store at ANTEFIX_STORE. "
+    "The others speak to the server at ANTEFIX_URL, "
     "which is http://127.0.0.1:8000 if unset, with the key in ANTEFIX_API_KEY if there is one."
 )
 
@@ -51,6 +68,10 @@ def build() -> typer.Typer:
     app.command()(inspect.inspect)
     app.command()(verify.verify)
     app.add_typer(key.app, name="key")
+    app.add_typer(tenant.app, name="tenant")
+    app.command()(audit.audit)
+    app.add_typer(store.app, name="store")
+    app.command()(store.doctor)
     return app
 
 

@@ -9,13 +9,15 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
+from urllib.parse import quote
 
 import httpx
 import typer
 
 from prefix_store.cli.terminal import printable, transfer
 from prefix_store.errors import InvalidName
-from prefix_store.prefix import check_name
+from prefix_store.prefix import PrefixRef, check_name
+from prefix_store.tenants import DEFAULT_TENANT
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 # No limit on reading, and none on connections: a generation may wait in the queue for long, and many may at a time.
@@ -53,9 +55,17 @@ class Client:
         """POST with httpx's own arguments: `json`, `data`, `files`. What takes long to send has a bar."""
         return self._json("POST", path, **request)
 
-    def delete(self, path: str) -> dict[str, Any]:
-        """DELETE."""
-        return self._json("DELETE", path)
+    def put(self, path: str, **request: Any) -> dict[str, Any]:
+        """PUT with httpx's own arguments."""
+        return self._json("PUT", path, **request)
+
+    def patch(self, path: str, **request: Any) -> dict[str, Any]:
+        """PATCH with httpx's own arguments."""
+        return self._json("PATCH", path, **request)
+
+    def delete(self, path: str, **request: Any) -> dict[str, Any]:
+        """DELETE with httpx's own arguments."""
+        return self._json("DELETE", path, **request)
 
     def download(self, path: str, **query: Any) -> bytes:
         """The reply's bytes. What takes long to come has a bar."""
@@ -66,14 +76,15 @@ class Client:
                 tell(len(chunk))
         return b"".join(chunks)
 
-    def pages(self, path: str, key: str = "id", after: Any = None) -> Iterator[dict[str, Any]]:
-        """Every object of a list behind `after`, page by page."""
+    def pages(self, path: str, *keys: str, after: Any = None, **query: Any) -> Iterator[dict[str, Any]]:
+        """Every object of a list behind `after`, page by page. `keys`: the fields that its order goes by, else `id`."""
         while True:
-            page = self.get(path, after=after)
+            page = self.get(path, after=after, **query)
             yield from page["data"]
             if not page["has_more"]:
                 return
-            after = page["data"][-1][key]
+            last = page["data"][-1]
+            after = "/".join(str(last[key]) for key in keys or ("id",))
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The events of a streamed reply, to its end, which only a reason to finish makes one."""
@@ -186,6 +197,15 @@ def checked(name: str) -> str:
         return check_name(name)
     except InvalidName as error:
         fail(error.message)
+
+
+def reference(ref: str) -> str:
+    """Where a prefix is over HTTP. What is no reference is refused here, for `..` would lead elsewhere."""
+    try:
+        PrefixRef.parse(ref, DEFAULT_TENANT)
+    except InvalidName as error:
+        fail(error.message)
+    return f"/v1/prefixes/{quote(ref)}"
 
 
 def _http() -> httpx.Client:

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from prefix_store.cli.client import NOT_ANTEFIX, Failure, connect
-from prefix_store.cli.prefix import Ref, path_of
+from prefix_store.cli.client import NOT_ANTEFIX, Failure, connect, reference
+from prefix_store.cli.prefix import Ref
 from prefix_store.cli.terminal import printable
 
 ABSENT = "-"
@@ -25,7 +25,7 @@ def inspect(
 ) -> None:
     """Show a prefix's nearest words, norms and the attention it gets."""
     with connect() as server:
-        found = server.get(f"{path_of(ref)}/inspect", prompt=prompt or None)
+        found = server.get(f"{reference(ref)}/inspect", prompt=prompt or None)
         try:
             text = json.dumps(found, indent=2) if as_json else "\n".join(_lines(found))
         except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:

@@ -1,32 +1,31 @@
-"""`antefix prefix`: the prefixes of a running server. Foreign pickles are opened here, and never sent."""
+"""`antefix prefix`: the prefixes of a running server."""
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import json
+import re
 import zipfile
 from contextlib import ExitStack
 from enum import StrEnum
 from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import quote
 
 import typer
 
-from prefix_store.cli.client import NOT_ANTEFIX, Client, Failure, checked, connect, fail
+from prefix_store.cli import amounts, foreign, names
+from prefix_store.cli.client import checked, connect, fail, reference
+from prefix_store.cli.foreign import Template, upload
 from prefix_store.cli.terminal import printable
-from prefix_store.errors import InvalidName, InvalidPrefix
-from prefix_store.geometry import ModelGeometry
-from prefix_store.prefix import PrefixRef
-from prefix_store.tenants import DEFAULT_TENANT
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-CONVERTED = "prefix.safetensors"  # what an upload is called that was no file here
-app = typer.Typer(help="Prefixes: list, show, upload, download, remove.", no_args_is_help=True)
-Name = Annotated[str, typer.Argument(help="What to call it.")]
-Template = Annotated[str | None, typer.Option(help="Text with one {prompt}, which goes around text prompts.")]
-Ref = Annotated[str, typer.Argument(help="name or name@version, as `antefix prefix ls` lists them")]
+app = typer.Typer(help="Prefixes: list, upload, download, name, share, remove.", no_args_is_help=True)
+Ref = Annotated[str, typer.Argument(help="name, name@version or name@alias; tenant/name for what is shared with you")]
+Metadata = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Free-form notes. May be repeated.")]
+IfMatch = Annotated[
+    str | None, typer.Option(metavar="DIGEST", help="Only if the current version has this digest; * for any.")
+]
 
 
 class Format(StrEnum):
@@ -36,63 +35,82 @@ class Format(StrEnum):
     PEFT = "peft"
 
 
-class Foreign(StrEnum):
-    """What `import` reads."""
-
-    AUTO = "auto"
-    PEFT_BIN = "peft-bin"
-    RINNA = "rinna"
-    LI_LIANG = "li-liang"
-    CARTRIDGE = "cartridge"
-
-
 @app.command("ls")
-def list_all() -> None:
+def list_all(
+    shared: Annotated[bool, typer.Option("--shared", help="What other tenants share with you instead.")] = False,
+    method: Annotated[str | None, typer.Option(help="Only those tuned by this method.")] = None,
+    metadata: Metadata = None,
+) -> None:
     """List the current version of every prefix."""
+    filters = {f"metadata.{key}": value for key, value in amounts.pairs(metadata or []).items()}
+    order = ("tenant", "id") if shared else ("id",)
     with connect() as server:
-        for item in server.pages("/v1/prefixes"):
-            name = f"{item['id']}@{item['version']}"
-            line = f"{name}\t{item['method']}\t{item['virtual_tokens']} tokens\t{item['digest'][:12]}"
-            typer.echo(printable(line))
+        for item in server.pages("/v1/prefixes", *order, shared=shared or None, method=method, **filters):
+            typer.echo(names.line(item))
 
 
 @app.command()
 def show(ref: Ref) -> None:
     """Show one prefix as JSON."""
     with connect() as server:
-        typer.echo(json.dumps(server.get(path_of(ref)), indent=2))
+        typer.echo(json.dumps(server.get(reference(ref)), indent=2))
 
 
 @app.command()
 def push(
-    name: Name,
+    name: Annotated[str, typer.Argument(help="What to call it.")],
     path: Annotated[Path, typer.Argument(help="A native file, or the folder of a PEFT adapter.", exists=True)],
     template: Template = None,
+    metadata: Metadata = None,
+    ttl: Annotated[
+        float | None, typer.Option(parser=amounts.seconds, metavar="TIME", help="Let it expire, such as after 7d.")
+    ] = None,
+    if_match: IfMatch = None,
+    new: Annotated[bool, typer.Option("--new", help="Only if there is no prefix of this name.")] = False,
 ) -> None:
     """Upload a prefix; an existing name gets a new version."""
     checked(name)
     paths = _parts(path)
+    fields = {"id": name, "metadata": json.dumps(amounts.pairs(metadata or []))}
+    fields |= {"ttl_seconds": f"{ttl:.0f}"} if ttl is not None else {}
+    fields |= {"template": template} if template is not None else {}
     with connect() as server, ExitStack() as opened:
         try:
             files = {part: (file.name, opened.enter_context(file.open("rb"))) for part, file in paths.items()}
+            headers = {"x-content-sha256": _digest(paths["file"]), **_condition(if_match, new)}
         except OSError as error:
             fail(f"cannot read {error.filename}: {error.strerror}")
-        fields = {"id": name} if template is None else {"id": name, "template": template}
-        _upload(server, fields, files)
+        upload(server, fields, files, headers)
 
 
-@app.command("import")
-def import_foreign(
-    name: Name,
-    path: Annotated[Path, typer.Argument(help="A pickle file, or the folder of an old PEFT adapter.", exists=True)],
-    format: Annotated[Foreign, typer.Option(help="Whose file it is; auto goes by what it holds.")] = Foreign.AUTO,
-    template: Template = None,
+@app.command()
+def edit(
+    ref: Ref,
+    metadata: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A note to set; KEY= takes it away. May be repeated.")
+    ] = None,
+    pin: Annotated[
+        bool | None, typer.Option("--pin/--unpin", help="A pinned version stays and does not expire.")
+    ] = None,
+    ttl: Annotated[
+        float | None, typer.Option(parser=amounts.seconds, metavar="TIME", help="Let it expire, from now on.")
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Let it not expire.")] = False,
 ) -> None:
-    """Upload a prefix that another program left in a pickle file. It is opened and converted here."""
-    checked(name)
+    """Change what may change of a version: its notes, whether it is pinned, when it expires."""
+    if keep and ttl is not None:
+        fail("--ttl and --keep cannot both be")
+    changes: dict[str, Any] = {} if pin is None else {"pinned": pin}
+    if keep or ttl is not None:
+        changes["ttl_seconds"] = ttl
+    notes = amounts.pairs(metadata or [])
     with connect() as server:
-        content = _converted(path, format, template, _geometry(server))
-        _upload(server, {"id": name}, {"file": (CONVERTED, content)})
+        if notes:
+            known = server.get(reference(ref))["metadata"]
+            changes["metadata"] = {key: value for key, value in {**known, **notes}.items() if value}
+        if not changes:
+            fail("there is nothing to change: --metadata, --pin, --unpin, --ttl or --keep")
+        typer.echo(json.dumps(server.patch(reference(ref), json=changes), indent=2))
 
 
 @app.command()
@@ -103,7 +121,7 @@ def pull(
 ) -> None:
     """Download a prefix."""
     with connect() as server:
-        content = server.download(f"{path_of(ref)}/export", format=format.value)
+        content = server.download(f"{reference(ref)}/export", format=format.value)
     try:
         to.write_bytes(content) if format is Format.NATIVE else _unpack(content, to)
     except OSError as error:
@@ -114,47 +132,32 @@ def pull(
 
 
 @app.command("rm")
-def remove(ref: Ref) -> None:
+def remove(ref: Ref, if_match: IfMatch = None) -> None:
     """Remove one version, or a prefix with all its versions."""
     with connect() as server:
-        removed = server.delete(path_of(ref))
+        removed = server.delete(reference(ref), headers=_condition(if_match, new=False))
     typer.echo(printable(f"removed {removed['id']}, versions {', '.join(map(str, removed['versions']))}"))
 
 
-def _upload(server: Client, fields: dict[str, str], files: dict[str, Any]) -> None:
-    """Sends a prefix, and shows what has become of it."""
-    stored = server.post("/v1/prefixes", data=fields, files=files)
-    note = "" if stored["base_checked"] else "; the file does not say which base model it was made for"
-    typer.echo(printable(f"{stored['id']}@{stored['version']} {stored['digest'][:12]}{note}"))
+for command in (names.versions, names.alias, names.unalias, names.rollback, names.share):
+    app.command()(command)
+app.command("import")(foreign.import_foreign)
 
 
-def _geometry(server: Client) -> ModelGeometry:
-    """What a prefix must match to be served there. Raises Failure."""
-    try:
-        return ModelGeometry.from_json(server.get("/v1/model")["geometry"])
-    except ValueError as error:
-        raise Failure(f"{NOT_ANTEFIX}: {error}") from error
+def _condition(if_match: str | None, new: bool) -> dict[str, str]:
+    """The headers that make a change depend on what is there."""
+    if new:
+        return {"if-none-match": "*"}
+    if if_match is None:
+        return {}
+    if if_match != "*" and not re.fullmatch(r"[0-9a-f]{64}", if_match):
+        fail(f"--if-match takes a digest of 64 hex digits, as `antefix prefix show` prints it, or *; got {if_match!r}")
+    return {"if-match": if_match if if_match == "*" else f'"{if_match}"'}
 
 
-def _converted(path: Path, format: Foreign, template: str | None, geometry: ModelGeometry) -> bytes:
-    """The native file of a foreign one. Ends the command for one that is damaged, unsafe or unfit."""
-    from prefix_store import codec
-    from prefix_store.formats import pickled
-
-    try:
-        manifest, tensors = pickled.read(path, format, geometry)
-        return codec.encode(dataclasses.replace(manifest, template=template), tensors)
-    except InvalidPrefix as error:
-        fail(f"{path}: {error.message}")
-
-
-def path_of(ref: str) -> str:
-    """Where a prefix is over HTTP. What is no reference is refused here, for `..` would lead elsewhere."""
-    try:
-        PrefixRef.parse(ref, DEFAULT_TENANT)
-    except InvalidName as error:
-        fail(error.message)
-    return f"/v1/prefixes/{quote(ref)}"
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _parts(path: Path) -> dict[str, Path]:

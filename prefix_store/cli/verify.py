@@ -7,15 +7,15 @@ from typing import Any
 
 import typer
 
-from prefix_store.cli.client import NOT_ANTEFIX, Failure, connect
-from prefix_store.cli.prefix import Ref, path_of
+from prefix_store.cli.client import NOT_ANTEFIX, Failure, connect, reference
+from prefix_store.cli.prefix import Ref
 from prefix_store.cli.terminal import printable
 
 
 def verify(ref: Ref) -> None:
     """Prove that a prefix in a mixed batch answers as it does alone and in transformers."""
     with connect() as server:
-        found = server.post(f"{path_of(ref)}/verify")
+        found = server.post(f"{reference(ref)}/verify")
         try:
             text = "\n".join(_lines(found))
         except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:

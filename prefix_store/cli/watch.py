@@ -56,7 +56,7 @@ class History:
             self._take(job["progress"])
         self._beat = job["progress"]
         said = []
-        for event in server.pages(f"/v1/jobs/{job['id']}/events", "sequence", self._after):
+        for event in server.pages(f"/v1/jobs/{job['id']}/events", "sequence", after=self._after):
             self._after = event["sequence"]
             if event["type"] == "message":
                 said.append(event["data"]["message"])

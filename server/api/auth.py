@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
@@ -10,14 +11,17 @@ import structlog
 from anyio import to_thread
 from fastapi import Depends, Request
 
+from prefix_store.audit import LOCAL
 from prefix_store.errors import Forbidden, Unauthorized
-from prefix_store.tenants import DEFAULT_TENANT, ApiKey
+from prefix_store.tenants import DEFAULT_TENANT, ApiKey, hash_key
 from server.api.services import Serving
 from server.loopback import is_loopback
 
 if TYPE_CHECKING:
     from prefix_store.key_store import KeyStore
+    from server.api.recent import Recent
 
+KEY = "key"
 OPEN = frozenset({"/healthz", "/readyz", "/health"})
 SCOPES = {
     ("POST", "/generate"): "generate",
@@ -26,9 +30,17 @@ SCOPES = {
     ("GET", "/v1/prefixes"): "prefix:read",
     ("GET", "/v1/prefixes/{ref:path}"): "prefix:read",
     ("GET", "/v1/prefixes/{ref:path}/export"): "prefix:read",
+    ("PUT", "/v1/prefixes/{name}/content"): "prefix:write",
+    ("PATCH", "/v1/prefixes/{ref:path}"): "prefix:write",
     ("GET", "/v1/prefixes/{ref:path}/inspect"): "prefix:read",
     ("POST", "/v1/prefixes/{ref:path}/verify"): "generate",
     ("DELETE", "/v1/prefixes/{ref:path}"): "prefix:write",
+    ("GET", "/v1/prefixes/{ref:path}/versions"): "prefix:read",
+    ("POST", "/v1/prefixes/{name}/rollback"): "prefix:write",
+    ("PUT", "/v1/prefixes/{name}/aliases/{alias}"): "prefix:write",
+    ("DELETE", "/v1/prefixes/{name}/aliases/{alias}"): "prefix:write",
+    ("GET", "/v1/prefixes/{name}/sharing"): "prefix:read",
+    ("PUT", "/v1/prefixes/{name}/sharing"): "prefix:write",
     ("POST", "/v1/prefixes/{name}/train"): "train",
     ("GET", "/v1/jobs"): "train",
     ("GET", "/v1/jobs/{job_id}"): "train",
@@ -45,31 +57,48 @@ class Caller:
     tenant: str
     key_id: str | None = None
 
+    @property
+    def by(self) -> str:
+        """Who this is in the audit log."""
+        return LOCAL if self.key_id is None else f"key {self.key_id}"
+
 
 class Gate:
     """Checks keys. Without any key on loopback it is open, with one tenant; the first key closes it for good."""
 
-    def __init__(self, keys: KeyStore, *, is_loopback: bool) -> None:
+    def __init__(self, keys: KeyStore, recent: Recent, *, is_loopback: bool) -> None:
         self._keys = keys
+        self._recent = recent
         self._open = is_loopback
 
     def admit(self, request: Request, scope: str) -> Caller:
-        """The caller behind a request's key. Blocking. Raises Unauthorized or Forbidden."""
+        """The caller behind a request's key. Blocking. Raises Unauthorized or Forbidden.
+
+        While the store is away, who was lately let in may still generate and look, but change nothing.
+        """
+        recent = self._recent if scope == "generate" or request.method == "GET" else None
         if self._open:
-            self._open = not self._keys.any()
+            self._open = not (recent.ask(KEY, None, self._keys.any) if recent else self._keys.any())
         if self._open:
             _refuse_web_pages(request)
             return Caller(DEFAULT_TENANT)
         presented = presented_key(request)
-        key = self._find(presented)
+        key = self._find(presented, recent)
         if not key.allows(scope):
             raise Forbidden(f"this API key lacks the scope {scope!r}")
         return Caller(key.tenant, key.id)
 
-    def _find(self, presented: str | None) -> ApiKey:
+    def _find(self, presented: str | None, recent: Recent | None) -> ApiKey:
         if presented is None:
             raise Unauthorized("an API key is needed: Authorization: Bearer afx_… or x-api-key: afx_…")
-        return self._keys.authenticate(presented)
+        if recent is None:
+            return self._keys.authenticate(presented)
+        return recent.ask(
+            KEY,
+            hash_key(presented),
+            lambda: self._keys.authenticate(presented),
+            is_good=lambda key: not key.has_expired(time.time()),
+        )
 
 
 def _refuse_web_pages(request: Request) -> None:
@@ -99,6 +128,7 @@ async def authorise(request: Request, services: Serving) -> Caller | None:
     scope = SCOPES.get((request.method, path), "admin")
     caller = await to_thread.run_sync(services.gate.admit, request, scope)
     structlog.contextvars.bind_contextvars(tenant=caller.tenant, key=caller.key_id)
+    await services.rates.count_request(caller.tenant)
     return caller
 
 

@@ -24,7 +24,11 @@ TABLE: dict[type[AntefixError], tuple[int, str]] = {
     errors.NotFound: (404, INVALID),
     errors.Unauthorized: (401, AUTHENTICATION),
     errors.Forbidden: (403, PERMISSION),
+    errors.QuotaExceeded: (403, PERMISSION),
     errors.Conflict: (409, INVALID),
+    errors.PreconditionFailed: (412, INVALID),
+    errors.KeyReused: (422, INVALID),
+    errors.RateLimited: (429, RATE_LIMIT),
     errors.Overloaded: (429, RATE_LIMIT),
     errors.StoreUnavailable: (503, SERVER),
     errors.GenerationFailed: (500, SERVER),
@@ -47,7 +51,8 @@ def body(error: AntefixError) -> dict[str, Any]:
 def response(error: AntefixError) -> JSONResponse:
     """The error's whole reply."""
     status = _row(error)[0]
-    headers = {"retry-after": str(error.retry_after)} if isinstance(error, errors.Overloaded) else HEADERS.get(status)
+    wait = getattr(error, "retry_after", None)
+    headers = HEADERS.get(status) if wait is None else {"retry-after": str(wait)}
     return JSONResponse(body(error), status, headers=headers)
 
 
@@ -92,6 +97,7 @@ def _sound(text: Any) -> Any:
 
 async def _on_antefix_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, AntefixError)
+    request.app.state.services.metrics.refused.labels(error.code).inc()
     return response(error)
 
 

@@ -43,6 +43,7 @@ class Generation:
     call: Call
     services: Services
     begun: float
+    tenant: str
 
 
 @router.post("/generate")
@@ -56,7 +57,7 @@ async def generate(request: Request, services: Serving, caller: Calling) -> Resp
     try:
         await sse.unless_gone(request.receive, generation.call.finish())
     finally:
-        _end(generation)
+        await _end(generation)
     return JSONResponse(_reply(generation))
 
 
@@ -74,8 +75,13 @@ async def _begin(body: GenerateBody, services: Services, caller: Caller, begun: 
     )
     rows = [_row(request, index) for index in range(body.n)]
     call = Call(services.loop, rows, services.frozen.tokenizer, services.clock)
-    call.submit()
-    return Generation(request.id, body, prefix, prompt, call, services, begun)
+    await services.rates.start(caller.tenant, body.n, len(prompt.ids))
+    try:
+        call.submit()
+    except BaseException:
+        services.rates.end(caller.tenant, body.n)
+        raise
+    return Generation(request.id, body, prefix, prompt, call, services, begun, caller.tenant)
 
 
 async def _prefix(body: GenerateBody, services: Services, caller: Caller) -> ServedPrefix | None:
@@ -196,10 +202,17 @@ def _timings(generation: Generation) -> dict[str, float | None]:
     return {name: None if at is None else round(1000 * (at - generation.begun), 3) for name, at in seconds.items()}
 
 
-def _end(generation: Generation) -> None:
+async def _end(generation: Generation) -> None:
     """Ends what still runs, and records what became of the call."""
-    call, metrics = generation.call, generation.services.metrics
+    call, rates = generation.call, generation.services.rates
     call.abort()
+    rates.end(generation.tenant, generation.body.n)
+    _record(generation)
+    await rates.count_generated(generation.tenant, call.tokens)
+
+
+def _record(generation: Generation) -> None:
+    call, metrics = generation.call, generation.services.metrics
     reasons = Counter(str(choice.finish_reason or FinishReason.ABORT) for choice in call.choices)
     for reason, count in reasons.items():
         metrics.finished.labels(reason).inc(count)

@@ -9,13 +9,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prefix_store.errors import PayloadTooLarge
 from server.api import errors
+from server.metrics import Metrics
 
 MB = 1 << 20
 JSON_BYTES = 4 * MB
 TRAINING_BYTES = 64 * MB
-# the form around an upload's file: boundaries, the id, a PEFT config
+# the form around an upload's file: boundaries, the id, a PEFT config, metadata
 FORM_BYTES = 256 * 1024
 UPLOAD_ROUTE = re.compile(r"/v1/prefixes/?")
+CONTENT_ROUTE = re.compile(r"/v1/prefixes/[^/]+/content")
 TRAIN_ROUTE = re.compile(r"/v1/prefixes/[^/]+/train")
 
 
@@ -25,6 +27,7 @@ class BodyLimit:
 
     app: ASGIApp
     upload_bytes: int
+    metrics: Metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one connection."""
@@ -34,6 +37,7 @@ class BodyLimit:
         cap = self._cap(scope["path"])
         declared = dict(scope["headers"]).get(b"content-length", b"")
         if declared.isdigit() and int(declared) > cap:
+            self.metrics.refused.labels(PayloadTooLarge.code).inc()
             await errors.response(_too_large(cap))(scope, receive, send)
             return
         await self.app(scope, _counting(receive, cap), send)
@@ -41,6 +45,8 @@ class BodyLimit:
     def _cap(self, path: str) -> int:
         if UPLOAD_ROUTE.fullmatch(path):
             return self.upload_bytes + FORM_BYTES
+        if CONTENT_ROUTE.fullmatch(path):
+            return self.upload_bytes
         return TRAINING_BYTES if TRAIN_ROUTE.fullmatch(path) else JSON_BYTES
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,8 @@ from server.api.auth import Caller
 from server.api.services import Services
 from server.scheduler.messages import PrefixPayload
 
+PREFIX = "prefix"
+
 
 @dataclass(frozen=True)
 class ServedPrefix:
@@ -19,14 +23,17 @@ class ServedPrefix:
     version: PrefixVersion
     payload: PrefixPayload
     template: str | None
+    reader: str
 
     def to_json(self) -> dict[str, Any]:
-        """How a reply names it."""
-        return {"id": self.version.name, "version": self.version.version, "digest": self.version.digest}
+        """How a reply names it: with its tenant, if it is another's."""
+        version = self.version
+        named = {"id": version.name, "version": version.version, "digest": version.digest}
+        return named if version.tenant == self.reader else {"tenant": version.tenant, **named}
 
 
-def parse(text: str, caller: Caller) -> PrefixRef:
-    """The caller's reference. Raises InvalidName, PrefixNotFound."""
+def own(text: str, caller: Caller) -> PrefixRef:
+    """A reference to what the caller may change, which is only its own. Raises InvalidName, PrefixNotFound."""
     ref = PrefixRef.parse(text, caller.tenant)
     if ref.tenant != caller.tenant:
         raise unknown(text)
@@ -34,21 +41,40 @@ def parse(text: str, caller: Caller) -> PrefixRef:
 
 
 def resolve(services: Services, text: str, caller: Caller) -> PrefixVersion:
-    """The version that a reference means now. Blocking. Raises InvalidName, PrefixNotFound."""
-    try:
-        return services.store.prefixes.resolve(parse(text, caller))
-    except PrefixNotFound:
-        raise unknown(text) from None
+    """The version that a reference means now, the caller's or shared with it. Blocking.
+
+    Raises InvalidName, PrefixNotFound.
+    """
+    with missing_as(text):
+        return services.store.prefixes.resolve(PrefixRef.parse(text, caller.tenant), caller.tenant)
 
 
 def load(services: Services, text: str, caller: Caller) -> ServedPrefix:
-    """The prefix behind a reference, ready for the engine. Blocking. Raises also what `PrefixLoader.load` raises."""
-    version = resolve(services, text, caller)
+    """The prefix behind a reference, ready for the engine. Blocking. Raises also what `PrefixLoader.load` raises.
+
+    While the store is away, the reference means to each tenant what it lately meant.
+    """
+    version = services.recent.ask(PREFIX, (caller.tenant, text), lambda: resolve(services, text, caller))
     try:
         loaded = services.loader.load(version)
     except InvalidPrefix as error:
         raise type(error)(error.message, param="prefix_id") from None
-    return ServedPrefix(version, loaded.payload, loaded.template)
+    return ServedPrefix(version, loaded.payload, loaded.template, caller.tenant)
+
+
+@contextmanager
+def changing(services: Services, caller: Caller, name: str, text: str | None = None) -> Iterator[None]:
+    """Around a change of the caller's name, of which this server then remembers nothing from before.
+
+    What the store does not find is missing under `text`, by default the name.
+    """
+    try:
+        with missing_as(text or name):
+            yield
+    finally:  # also of one that failed: a store that does not answer may have made it
+        services.recent.forget(
+            lambda place, answer: place[0] == PREFIX and (answer.tenant, answer.name) == (caller.tenant, name)
+        )
 
 
 def new_name(services: Services, name: str) -> str:
@@ -56,6 +82,15 @@ def new_name(services: Services, name: str) -> str:
     if check_name(name) == services.frozen.name:
         raise InvalidName(f"{name!r} is the base model's name; a prefix needs another", param="id")
     return name
+
+
+@contextmanager
+def missing_as(text: str) -> Iterator[None]:
+    """What the store does not find is missing under the name that it was asked for by."""
+    try:
+        yield
+    except PrefixNotFound:
+        raise unknown(text) from None
 
 
 def unknown(text: str) -> PrefixNotFound:

@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 from contextlib import suppress
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -28,6 +28,8 @@ class Body(BaseModel):
     """Base of every JSON body. `null` is the same as absent."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+    # the fields to which null says something
+    NULLABLE: ClassVar[frozenset[str]] = frozenset()
 
     @model_validator(mode="before")
     @classmethod
@@ -42,7 +44,7 @@ class Body(BaseModel):
                 # an OpenAI client's name for it, which no spelling leads to
                 near = "prefix_id" if short == "model" and "prefix_id" in cls.model_fields else near
                 raise InvalidRequest(f"unknown field {short!r}; did you mean {near!r}?", param=short)
-        return {name: value for name, value in data.items() if value is not None}
+        return {name: value for name, value in data.items() if value is not None or name in cls.NULLABLE}
 
 
 def _by_token_id(biases: Any) -> Any:
@@ -110,6 +112,38 @@ class TrainBody(Body):
     def options(self) -> dict[str, Any]:
         """What was asked for beyond the examples."""
         return self.model_dump(exclude={"examples"}, exclude_none=True)
+
+
+class EditBody(Body):
+    """PATCH /v1/prefixes/{ref}. `ttl_seconds` counts from now; null is for ever."""
+
+    NULLABLE: ClassVar[frozenset[str]] = frozenset({"ttl_seconds"})
+    metadata: dict[str, str] | None = None
+    pinned: bool | None = None
+    ttl_seconds: float | None = None
+
+    def changes(self) -> dict[str, Any]:
+        """What is to be changed, as `PrefixStore.edit` takes it."""
+        given = self.model_dump(include=self.model_fields_set)
+        return {"lifetime" if name == "ttl_seconds" else name: value for name, value in given.items()}
+
+
+class VersionBody(Body):
+    """PUT /v1/prefixes/{name}/aliases/{alias}."""
+
+    version: Annotated[int, Field(ge=1, le=999_999_999)]
+
+
+class RollbackBody(Body):
+    """POST /v1/prefixes/{name}/rollback. No version: the one before the current one."""
+
+    version: Annotated[int, Field(ge=1, le=999_999_999)] | None = None
+
+
+class SharingBody(Body):
+    """PUT /v1/prefixes/{name}/sharing."""
+
+    tenants: Literal["all"] | Annotated[list[str], Field(fail_fast=True, max_length=1000)]
 
 
 B = TypeVar("B", bound=Body)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from prefix_store.model.frozen import FrozenModel
     from prefix_store.store import Store
     from server.api.auth import Gate
+    from server.api.rates import Rates
+    from server.api.recent import Recent
     from server.engine.loop import EngineLoop
     from server.engine.prefix_loader import PrefixLoader
     from server.metrics import Metrics
@@ -31,6 +33,8 @@ class Services:
     loader: PrefixLoader
     metrics: Metrics
     gate: Gate
+    rates: Rates
+    recent: Recent
     require_prefix: bool
     methods: Sequence[str]
     clock: Callable[[], float]

@@ -6,12 +6,14 @@ from typing import Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Query, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
+from prefix_store.backends.base import Transaction
 from prefix_store.errors import InvalidRequest, JobNotFound
 from prefix_store.jobs import TrainingJob, TrainingSpec
-from server.api import references, schemas, views
+from server.api import references, repeats, schemas, views
 from server.api.auth import Caller, Calling
+from server.api.repeats import Keep, Reply
 from server.api.schemas import TrainBody
 from server.api.services import Services, Serving
 
@@ -24,10 +26,10 @@ Sequence = Annotated[int, Query(ge=0, le=2**63 - 1)]
 async def train(request: Request, name: str, services: Serving, caller: Calling) -> Response:
     """Queues a job; the trainer publishes the prefix when it is done."""
     references.new_name(services, name)
+    key = repeats.key_of(request.headers)
     body = await schemas.read(request, TrainBody)
     _check_room(body, services)
-    job = await to_thread.run_sync(_submit, services, caller, name, body)
-    return JSONResponse({"job": views.job(job)}, 202)
+    return (await to_thread.run_sync(_train, services, caller, key, name, body)).response()
 
 
 @router.get("/jobs")
@@ -60,7 +62,8 @@ async def events(
 @router.post("/jobs/{job_id}/cancel")
 async def cancel(job_id: str, services: Serving, caller: Calling) -> dict[str, Any]:
     """A queued job is cancelled at once, a running one within seconds."""
-    return views.job(await to_thread.run_sync(services.store.jobs.request_cancel, caller.tenant, job_id))
+    found = await to_thread.run_sync(services.store.jobs.request_cancel, caller.tenant, job_id, caller.by)
+    return views.job(found)
 
 
 async def _find(services: Services, caller: Caller, job_id: str) -> TrainingJob:
@@ -70,10 +73,22 @@ async def _find(services: Services, caller: Caller, job_id: str) -> TrainingJob:
     return job
 
 
-def _submit(services: Services, caller: Caller, name: str, body: TrainBody) -> TrainingJob:
+def _train(services: Services, caller: Caller, key: str | None, name: str, body: TrainBody) -> Reply:
     examples = [example.model_dump() for example in body.examples]
     options = {**body.options(), "base_digest": services.frozen.digest}
-    return services.store.jobs.submit(caller.tenant, name, examples, options, services.methods)
+
+    def work(keep: Keep) -> Reply:
+        def also(transaction: Transaction, job: TrainingJob) -> None:
+            keep(transaction, _accepted(job))
+
+        jobs = services.store.jobs
+        return _accepted(jobs.submit(caller.tenant, name, examples, options, services.methods, caller.by, also))
+
+    return repeats.answer(services, caller, key, ["train", name, examples, body.options()], work)
+
+
+def _accepted(job: TrainingJob) -> Reply:
+    return Reply(202, {"job": views.job(job)})
 
 
 def _check_room(body: TrainBody, services: Services) -> None:

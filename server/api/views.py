@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from prefix_store import layout
 from prefix_store.jobs import JobEvent, TrainingJob
+from prefix_store.name_records import NameRecord
 from prefix_store.prefix import PrefixVersion
 
 
-def prefix(version: PrefixVersion) -> dict[str, Any]:
-    """A version of a prefix. `base_checked`: its file names the base model it was made for, and it is this one."""
-    return {
+def prefix(version: PrefixVersion, reader: str, record: NameRecord | None = None) -> dict[str, Any]:
+    """A version of a prefix, as the tenant `reader` sees it; with its name's record, also what it is called.
+
+    `base_checked`: its file names the base model it was made for, and it is this one.
+    """
+    own = version.tenant == reader
+    shown = {
         "id": version.name,
         "object": "prefix",
         "version": version.version,
@@ -21,8 +27,25 @@ def prefix(version: PrefixVersion) -> dict[str, Any]:
         "size_bytes": version.size_bytes,
         "created_at": int(version.created_at),
         "base_checked": version.base_digest is not None,
-        "job_id": version.job_id,
+        "job_id": version.job_id if own else None,
+        "metadata": version.metadata,
+        "pinned": version.pinned,
+        "expires_at": _seconds(version.expires_at),
     }
+    if record is not None:
+        shown |= {"current": record.current == version.version, "aliases": record.aliases_of(version.version)}
+    return shown if own else {"tenant": version.tenant, **shown}
+
+
+def published(version: PrefixVersion) -> dict[str, Any]:
+    """A version that has just become the current one of its name."""
+    return prefix(version, version.tenant, NameRecord(version.version, version.version))
+
+
+def sharing(name: str, record: NameRecord) -> dict[str, Any]:
+    """Whom a name is shared with."""
+    tenants = "all" if layout.EVERYONE in record.shared else record.shared
+    return {"id": name, "object": "prefix.sharing", "tenants": tenants}
 
 
 def job(found: TrainingJob) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tests.prove.proofs import PROOFS
 
 README = Path(__file__).parents[2] / "README.md"
 SHOWN = SECTIONS | PROOFS
-BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 
 
 def rendered(text: str) -> str:

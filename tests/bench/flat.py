@@ -144,7 +144,7 @@ def zipf(population: int, count: int, seed: int) -> list[int]:
 def forget(store: Store, versions: Sequence[PrefixVersion]) -> None:
     """Drops the prefixes' files from the system's cache."""
     for version in versions:
-        with store.prefixes.path(version).open("rb") as file:
+        with store.prefixes.file(version) as path, path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 

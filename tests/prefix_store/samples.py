@@ -7,9 +7,17 @@ from typing import Any
 
 import torch
 
+from prefix_store import holds, job_records
+from prefix_store.backends.base import Backend
+from prefix_store.backends.blobs import FolderBlobs
+from prefix_store.backends.redis_blobs import RedisBlobs
+from prefix_store.backends.redis_client import CHUNK
+from prefix_store.catalog import Catalog
 from prefix_store.geometry import ModelGeometry
-from prefix_store.jobs import TrainingSpec
-from prefix_store.prefix import Method, PrefixManifest
+from prefix_store.jobs import JobStatus, TrainingJob, TrainingSpec
+from prefix_store.name_records import Draft
+from prefix_store.prefix import Method, PrefixManifest, PrefixVersion
+from prefix_store.store import Store
 from prefix_store.tensors import PAYLOADS, PrefixTensors, payload_shape
 
 GEOMETRY = ModelGeometry(family="llama", layers=2, query_heads=4, kv_heads=2, head_dim=3, hidden_size=12)
@@ -48,3 +56,41 @@ def raw(header: Any, data: bytes = b"") -> bytes:
     """A safetensors file with this header, taken as it is when it is bytes."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data
+
+
+def publish(
+    backend: Backend,
+    name: str = "support",
+    tenant: str = "acme",
+    digest: str = "a",
+    job: TrainingJob | None = None,
+    if_match: str | None = None,
+    **draft: Any,
+) -> PrefixVersion:
+    """A version's records, without its file, which is of ten bytes under a digest of one letter repeated."""
+    digest = (digest * 64)[:64]
+    with holds.held(backend, tenant, digest) as hold:
+        made = Draft(manifest(), digest, 10, hold, **draft)
+        return Catalog(backend).publish(tenant, name, made, job, if_match, "local")
+
+
+def damage(store: Store, digest: str, data: bytes | None) -> None:
+    """Overwrites a small blob where it is kept; None removes it."""
+    if isinstance(store.blobs, FolderBlobs):
+        path = store.blobs._path(digest)
+        path.unlink() if data is None else path.write_bytes(data)
+        return
+    assert isinstance(store.blobs, RedisBlobs)
+    key = CHUNK.format(digest=digest, number=0)
+    store.blobs._client.delete(key) if data is None else store.blobs._client.set(key, data)
+
+
+def enqueue(backend: Backend, *ids: str, tenant: str = "acme") -> None:
+    """Jobs under these ids, without their examples' file."""
+    for job_id in ids:
+        backend.write(
+            lambda transaction, job_id=job_id: job_records.add(
+                transaction,
+                TrainingJob(job_id, tenant, "support", SPEC, JobStatus.QUEUED, created_at=transaction.now),
+            )
+        )

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from prefix_store.codec import decode, digest_of, encode
+from prefix_store.codec import decode, digest_of, encode, write
 from prefix_store.errors import InvalidPrefix
 from prefix_store.prefix import Method, Window
 from tests.prefix_store.samples import GEOMETRY, manifest, raw, tensors
@@ -155,3 +155,18 @@ def test_a_damaged_file_is_refused_or_read_whole(tmp_path_factory, data):
     except InvalidPrefix:
         return
     assert encode(read, values)
+
+
+@pytest.mark.parametrize("method", Method)
+def test_a_file_is_written_as_it_is_encoded(method, tmp_path):
+    made = manifest(method, template="é {prompt}")
+    values = tensors(made)
+    write(made, values, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == encode(made, values)
+
+
+def test_nothing_unsound_is_written(tmp_path):
+    with pytest.raises(InvalidPrefix):
+        write(manifest(), {"self.kv": torch.full(SHAPE, torch.nan)}, tmp_path / "file")
+    with pytest.raises(InvalidPrefix, match="at most 100000 bytes"):
+        write(manifest(template="{prompt}" + "\0" * 19_000), tensors(manifest()), tmp_path / "file")

@@ -2,21 +2,14 @@ import re
 
 import pytest
 
-from prefix_store.errors import InvalidName, InvalidRequest, InvalidTrainingData, StoreCorrupt
+from prefix_store.errors import InvalidName, InvalidRequest, InvalidTrainingData, QuotaExceeded, StoreCorrupt
 from prefix_store.jobs import JobStatus, Objective, TrainingSpec
-from prefix_store.store import Store
+from tests.prefix_store.samples import damage
 
 EXAMPLES = [
     {"prompt": "Grüße\u2028", "completion": "two\nlines"},
     {"completion": " ", "prompt": ""},
 ]
-
-
-@pytest.fixture
-def store(tmp_path):
-    opened = Store.open(f"sqlite:///{tmp_path}/store.db")
-    yield opened
-    opened.close()
 
 
 @pytest.fixture
@@ -44,10 +37,9 @@ def test_equal_examples_are_kept_once(jobs):
     assert first.id != second.id
 
 
-def test_damaged_examples_are_noticed(jobs, tmp_path):
+def test_damaged_examples_are_noticed(store, jobs):
     job = jobs.submit("acme", "support", EXAMPLES, {})
-    digest = job.spec.data_digest
-    (tmp_path / "blobs" / "sha256" / digest[:2] / digest).write_bytes(b"{}\n")
+    damage(store, job.spec.data_digest, b"{}\n")
     with pytest.raises(StoreCorrupt):
         jobs.examples(job)
 
@@ -63,10 +55,11 @@ def test_damaged_examples_are_noticed(jobs, tmp_path):
         ({"prompt": "\ud800", "completion": "b"}, "line 2: not valid Unicode"),
     ],
 )
-def test_bad_examples_are_refused_by_line(jobs, example, message):
+def test_bad_examples_are_refused_by_line(store, jobs, example, message):
     with pytest.raises(InvalidTrainingData, match=message):
         jobs.submit("acme", "support", [EXAMPLES[0], example], {})
     assert jobs.jobs("acme", None, 10) == []
+    assert list(store.blobs.digests()) == []
 
 
 @pytest.mark.parametrize(
@@ -99,6 +92,19 @@ def test_a_method_may_be_any_that_the_caller_allows(jobs):
         jobs.submit("acme", "support", EXAMPLES, {"method": "low_rank"})
     allowed = jobs.submit("acme", "support", EXAMPLES, {"method": "low_rank"}, methods=["prefix", "low_rank"])
     assert jobs.job("acme", allowed.id).spec.method == "low_rank"
+
+
+def test_a_text_that_is_no_unicode_is_kept_as_it_came(jobs):
+    job = jobs.submit("acme", "support", EXAMPLES, {"init_text": "\ud800"})
+    assert jobs.job("acme", job.id).spec.init_text == "\ud800"
+
+
+def test_a_job_over_the_quota_is_refused_and_leaves_no_hold(store, jobs):
+    store.tenants.create("acme")
+    store.tenants.set_quotas("acme", {"jobs": 0})
+    with pytest.raises(QuotaExceeded):
+        jobs.submit("acme", "support", EXAMPLES, {})
+    assert store.collect() == 1
 
 
 def test_no_examples_are_refused(jobs):

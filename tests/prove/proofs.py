@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from tests.prove import inspect, model, prefixes, soak, tables
+from tests.prove import concurrent_store, inspect, kill_store, model, prefixes, soak, store_costs, tables
 
-PROOFS: dict[str, ModuleType] = {proof.SECTION: proof for proof in (model, prefixes, tables, inspect, soak)}
+PROOFS: dict[str, ModuleType] = {
+    proof.SECTION: proof
+    for proof in (model, prefixes, tables, inspect, soak, concurrent_store, kill_store, store_costs)
+}

@@ -69,5 +69,6 @@ def test_only_prefixes_that_fit_the_model_are_advertised(store: Store, frozen: F
     (tmp_path / "other.safetensors").write_bytes(artefacts.native(frozen, base_digest="0" * 64))
     (tmp_path / "lost.safetensors").write_bytes(artefacts.native(frozen, seed=1))
     start.seed(store, tmp_path)
-    store.prefixes.path(store.prefixes.resolve(PrefixRef("default", "lost"))).unlink()
+    with store.prefixes.file(store.prefixes.resolve(PrefixRef("default", "lost"))) as path:
+        path.unlink()
     assert [version.name for version in start.fitting(store, frozen)] == ["fits"]

@@ -85,6 +85,8 @@ def test_a_job_becomes_a_published_prefix(store):
     assert (manifest.virtual_tokens, manifest.position_offset, manifest.window) == (3, 3, Window.ALWAYS)
     assert kept["self.kv"].dtype is torch.float32
     assert any("published acme/numbers@1" in line for line in lines)
+    (entry,) = (entry for entry in store.audit.entries() if entry.action == "prefix.publish")
+    assert (entry.by, entry.target, entry.digest) == ("worker w1", "numbers@1", version.digest)
 
 
 def test_a_job_may_ask_for_a_soft_prompt(store):

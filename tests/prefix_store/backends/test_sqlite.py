@@ -10,6 +10,17 @@ from prefix_store.backends.sqlite import SqliteBackend
 from prefix_store.errors import StoreUnavailable
 
 
+@pytest.fixture
+def backend(tmp_path):
+    opened = SqliteBackend(tmp_path / "store.db")
+    yield opened
+    opened.close()
+
+
+def put(backend, key, value):
+    backend.write(lambda transaction: transaction.put(key, value))
+
+
 def test_files_are_for_their_owner_only(tmp_path):
     folder = tmp_path / "deep" / "store"
     backend = SqliteBackend(folder / "store.db")
@@ -20,13 +31,11 @@ def test_files_are_for_their_owner_only(tmp_path):
     assert modes == dict.fromkeys(["store.db", "store.db-wal", "store.db-shm"], "0o600")
 
 
-def test_commits_survive_the_power_going(tmp_path):
-    backend = SqliteBackend(tmp_path / "store.db")
+def test_commits_survive_the_power_going(backend):
     with backend._file.read() as connection:
         assert connection.execute("PRAGMA synchronous").fetchone()[0] == 2
         assert connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
         assert connection.execute("PRAGMA busy_timeout").fetchone()[0] == 10_000
-    backend.close()
 
 
 def test_a_newer_schema_is_refused(tmp_path):
@@ -34,7 +43,7 @@ def test_a_newer_schema_is_refused(tmp_path):
     with sqlite3.connect(tmp_path / "store.db") as connection:
         connection.execute("PRAGMA user_version = 99")
     connection.close()
-    with pytest.raises(StoreUnavailable, match="newer antefix: its schema is 99, this one knows 1"):
+    with pytest.raises(StoreUnavailable, match="newer antefix: its schema is 99, this one knows 2"):
         SqliteBackend(tmp_path / "store.db")
 
 
@@ -60,14 +69,12 @@ def test_a_folder_is_refused(tmp_path):
         SqliteBackend(tmp_path)
 
 
-def test_a_file_removed_under_us_is_an_error(tmp_path):
-    backend = SqliteBackend(tmp_path / "store.db")
+def test_a_file_removed_under_us_is_an_error(backend, tmp_path):
     for path in tmp_path.iterdir():
         path.unlink()
     # two transactions at once need a second connection
     with backend._file.read(), pytest.raises(StoreUnavailable, match="cannot open"):
         backend.ping()
-    backend.close()
 
 
 def test_a_writer_that_waits_too_long_gives_up(tmp_path, monkeypatch):
@@ -76,33 +83,47 @@ def test_a_writer_that_waits_too_long_gives_up(tmp_path, monkeypatch):
     other = sqlite3.connect(tmp_path / "store.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreUnavailable, match="locked"):
-        backend.remove_key("abcdefgh")
+        put(backend, "a/1", 1)
     backend.ping()  # readers do not wait
     other.execute("ROLLBACK")
     other.close()
-    assert not backend.remove_key("abcdefgh")
+    put(backend, "a/1", 1)
     backend.close()
 
 
-def test_a_transaction_that_fails_leaves_nothing(tmp_path):
-    backend = SqliteBackend(tmp_path / "store.db")
-
-    def fail():
-        with backend._file.write() as connection:
-            connection.execute("INSERT INTO names VALUES ('acme', 'support', 1)")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fail()
-    assert not backend.ever_published("acme", "support")
-    backend.close()
-
-
-def test_connections_do_not_grow_with_threads(tmp_path):
-    backend = SqliteBackend(tmp_path / "store.db")
+def test_connections_do_not_grow_with_threads(backend):
     for _ in range(5):
         thread = threading.Thread(target=backend.ping)
         thread.start()
         thread.join()
     assert len(backend._file._idle) == 1
+
+
+def test_what_was_removed_leaves_no_byte_once_it_is_scrubbed(backend, tmp_path):
+    marker = "m4rk3r" * 10
+    for number in range(200):
+        put(backend, f"a/{number}", marker)
+
+    def remove(transaction):
+        for number in range(200):
+            transaction.delete(f"a/{number}")
+
+    backend.write(remove)
+    assert any(marker.encode() in path.read_bytes() for path in tmp_path.iterdir())
+    backend.scrub()
+    assert not any(marker.encode() in path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_a_scrub_that_others_stand_in_the_way_of_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(sqlite_file, "BUSY_SECONDS", 0.05)
+    backend = SqliteBackend(tmp_path / "store.db")
+    put(backend, "a/1", 1)
+    reader = sqlite3.connect(tmp_path / "store.db", isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT count(*) FROM records").fetchone()
+    with pytest.raises(StoreUnavailable, match=r"in use|locked"):
+        backend.scrub()
+    reader.execute("COMMIT")
+    reader.close()
+    backend.scrub()
     backend.close()

@@ -171,6 +171,17 @@ def test_lists_are_read_to_their_end() -> None:
     assert [item["id"] for item in client(answer).pages("/v1/prefixes")] == ["a", "b", "c"]
 
 
+def test_a_list_s_order_may_go_by_several_fields() -> None:
+    asked = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(dict(request.url.params))
+        return httpx.Response(200, json={"data": [{"tenant": "t", "id": "a"}], "has_more": len(asked) < 2})
+
+    assert len(list(client(answer).pages("/v1/prefixes", "tenant", "id", shared=True, method=None))) == 2
+    assert asked == [{"shared": "true"}, {"shared": "true", "after": "t/a"}]
+
+
 def test_the_key_is_sent(antefix: Antefix, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     presented, _ = running.store.keys.create("acme", ["generate"])
     assert antefix("generate", "hi").exit_code == 1

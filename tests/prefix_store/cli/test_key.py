@@ -39,3 +39,27 @@ def test_what_the_store_refuses_is_one_line(antefix: Antefix, url: str, monkeypa
     monkeypatch.setenv("ANTEFIX_STORE", "postgres://x")
     result = antefix("key", "ls")
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+
+
+def test_a_key_may_expire(antefix: Antefix, url: str) -> None:
+    made = antefix("key", "new", "--expires", "30d")
+    assert ", until 2" in made.stderr
+    store = Store.open(url)
+    key = store.keys.authenticate(made.stdout.strip())
+    store.close()
+    assert key.expires_at == pytest.approx(key.created_at + 30 * 86400)
+    assert "\tuntil 2" in antefix("key", "ls").stdout
+    assert "expected a time" in antefix("key", "new", "--expires", "soon").stderr
+
+
+def test_rotating_makes_another_like_it_and_ends_the_old_one(antefix: Antefix, url: str) -> None:
+    old = antefix("key", "new", "--tenant", "acme", "--scope", "train").stdout.strip()
+    key_id = old.split("_")[1]
+    new = antefix("key", "rotate", key_id, "--overlap", "1h")
+    assert "ends within 1 h" in new.stderr
+    store = Store.open(url)
+    first, second = (store.keys.authenticate(presented) for presented in (old, new.stdout.strip()))
+    store.close()
+    assert (second.tenant, second.scopes, second.expires_at) == ("acme", {"train"}, None)
+    assert first.expires_at == pytest.approx(second.created_at + 3600)
+    assert "there is no key 'nothing1'" in antefix("key", "rotate", "nothing1").stderr

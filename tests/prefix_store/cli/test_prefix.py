@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prefix_store import codec
-from prefix_store.cli.prefix import Foreign
+from prefix_store.cli.foreign import Foreign
 from prefix_store.formats import peft, pickled
 from prefix_store.prefix import PrefixRef
 from prefix_store.tenants import DEFAULT_TENANT

@@ -108,10 +108,11 @@ def test_a_native_file_brings_its_template_itself(client: TestClient, frozen: Fr
         assert "a native file carries its own template" in reply.json()["error"]["message"]
 
 
-def test_a_template_is_a_text_part(client: TestClient, frozen: FrozenModel) -> None:
+def test_a_template_may_come_as_a_file_too(client: TestClient, store: Store, frozen: FrozenModel) -> None:
     files = {"file": ("f", artefacts.adapter(frozen)[peft.TENSORS_FILE]), "template": ("t", b"Q: {prompt}")}
-    reply = client.post("/v1/prefixes", data={"id": "support"}, files=files)
-    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "template")
+    assert client.post("/v1/prefixes", data={"id": "support"}, files=files).status_code == 201
+    manifest, _ = store.prefixes.read(store.prefixes.resolve(PrefixRef("default", "support")))
+    assert manifest.template == "Q: {prompt}"
 
 
 def test_what_peft_cannot_say_is_400(client: TestClient, frozen: FrozenModel) -> None:

@@ -56,7 +56,10 @@ async def test_a_client_that_leaves_ends_the_stream_and_what_feeds_it() -> None:
     async def send(message: Any) -> None:
         sent.append(message.get("body"))
 
-    stream = sse.EventStream(events(), on_end=lambda: ends.append("call"))
+    async def ended() -> None:
+        ends.append("call")
+
+    stream = sse.EventStream(events(), on_end=ended)
     with pytest.raises(ClientDisconnect):
         await stream({"type": "http"}, leaves_after(left), send)
     assert sent == [None, b"one"]
@@ -73,6 +76,9 @@ async def test_a_connection_that_is_gone_before_the_first_byte_ends_the_call_too
     async def send(message: Any) -> None:
         raise OSError("closed")
 
+    async def ended() -> None:
+        ends.append("call")
+
     with pytest.raises(ClientDisconnect):
-        await sse.EventStream(events(), on_end=lambda: ends.append("call"))({"type": "http"}, stays, send)
+        await sse.EventStream(events(), on_end=ended)({"type": "http"}, stays, send)
     assert ends == ["call"]

@@ -1,0 +1,301 @@
+"""The leased queue, on every backend."""
+
+import threading
+
+import pytest
+
+from prefix_store.catalog import Catalog
+from prefix_store.errors import Conflict, JobNotFound, LeaseLost, QuotaExceeded
+from prefix_store.job_queue import LOST
+from prefix_store.jobs import MAX_ATTEMPTS, JobError, JobStatus
+from tests.prefix_store import invariants
+from tests.prefix_store.samples import SPEC, enqueue, publish
+
+LEASE = 60.0
+
+
+@pytest.fixture
+def queue(store):
+    yield store.jobs
+    invariants.check(store.backend)
+
+
+def test_a_new_job_waits(backend, queue):
+    enqueue(backend, "ftjob-1")
+    job = queue.job("acme", "ftjob-1")
+    assert (job.status, job.created_at, job.attempt, job.fence) == (JobStatus.QUEUED, 1000.0, 0, 0)
+    assert job.spec == SPEC
+    assert queue.job("other", "ftjob-1") is None
+
+
+def test_a_job_id_is_taken_once(backend, queue):
+    enqueue(backend, "ftjob-1")
+    with pytest.raises(Conflict):
+        enqueue(backend, "ftjob-1")
+
+
+def test_a_claim_makes_it_run(backend, queue, clock):
+    enqueue(backend, "ftjob-1")
+    clock.now += 3
+    job = queue.claim("w", LEASE)
+    assert job == queue.job("acme", "ftjob-1")
+    assert (job.status, job.worker, job.attempt, job.fence) == (JobStatus.RUNNING, "w", 1, 1)
+    assert (job.started_at, job.lease_until) == (1003.0, 1063.0)
+    assert queue.claim("w", LEASE) is None
+
+
+def test_jobs_of_one_tenant_are_claimed_in_order(backend, queue):
+    enqueue(backend, "ftjob-2", "ftjob-1", "ftjob-3")
+    assert [queue.claim("w", LEASE).id for _ in range(3)] == ["ftjob-2", "ftjob-1", "ftjob-3"]
+
+
+def test_the_least_busy_tenant_goes_first(backend, queue):
+    enqueue(backend, "a1", "a2", "a3", tenant="a")
+    enqueue(backend, "b1", "b2", tenant="b")
+    enqueue(backend, "c1", tenant="a-b")  # whose key sorts before that of a
+    assert [queue.claim("w", LEASE).id for _ in range(6)] == ["a1", "b1", "c1", "a2", "b2", "a3"]
+
+
+def test_a_tenant_whose_workers_are_gone_is_not_busy(backend, queue, clock):
+    enqueue(backend, "a1", "a2", tenant="a")
+    queue.claim("w", LEASE)
+    clock.now += LEASE
+    enqueue(backend, "b1", tenant="b")
+    assert queue.claim("w", LEASE).id == "a1"
+
+
+def test_a_heartbeat_extends_the_lease_and_records_progress(backend, queue, clock):
+    enqueue(backend, "ftjob-1")
+    job = queue.claim("w", LEASE)
+    clock.now += LEASE - 1
+    assert not queue.heartbeat(job, LEASE, {"step": 3, "loss": 0.5}).cancel_requested
+    clock.now += LEASE - 1
+    assert queue.claim("w2", LEASE) is None
+    beaten = queue.job("acme", "ftjob-1")
+    assert (beaten.progress, beaten.lease_until) == ({"step": 3, "loss": 0.5}, 1059.0 + LEASE)
+
+
+def test_a_lapsed_lease_gives_the_job_to_the_next_worker(backend, queue, clock):
+    enqueue(backend, "ftjob-1")
+    stale = queue.claim("w1", LEASE)
+    clock.now += LEASE
+    fresh = queue.claim("w2", LEASE)
+    assert (fresh.id, fresh.worker, fresh.attempt, fresh.fence) == ("ftjob-1", "w2", 2, 2)
+    assert fresh.started_at == stale.started_at
+    for write in [
+        lambda: queue.heartbeat(stale, LEASE, {}),
+        lambda: queue.add_event(stale, "message", {}),
+        lambda: queue.finish(stale, JobStatus.SUCCEEDED, None),
+    ]:
+        with pytest.raises(LeaseLost):
+            write()
+    assert queue.job("acme", "ftjob-1") == fresh
+
+
+def test_a_slow_worker_keeps_what_nobody_else_has_claimed(backend, queue, clock):
+    enqueue(backend, "ftjob-1")
+    job = queue.claim("w", LEASE)
+    clock.now += 10 * LEASE
+    queue.heartbeat(job, LEASE, {})
+    assert queue.claim("w2", LEASE) is None
+
+
+def test_a_job_that_kills_its_workers_fails_in_the_end(backend, queue, clock):
+    enqueue(backend, "ftjob-1")
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        assert queue.claim("w", LEASE).attempt == attempt
+        clock.now += LEASE
+    enqueue(backend, "ftjob-2")
+    assert queue.claim("w", LEASE).id == "ftjob-2"
+    failed = queue.job("acme", "ftjob-1")
+    assert (failed.status, failed.error, failed.finished_at) == (JobStatus.FAILED, LOST, clock.now)
+
+
+def test_several_lapsed_jobs_end_in_one_claim(backend, queue, clock):
+    enqueue(backend, "ftjob-1", "ftjob-2", "ftjob-3")
+    for _ in range(MAX_ATTEMPTS):
+        for _ in range(3):
+            queue.claim("w", LEASE)
+        clock.now += LEASE
+    assert queue.claim("w", LEASE) is None
+    assert queue.job_counts()[JobStatus.FAILED] == 3
+
+
+def test_a_job_handed_back_gets_its_attempt_back(backend, queue):
+    enqueue(backend, "ftjob-1")
+    for fence in range(1, MAX_ATTEMPTS + 3):
+        job = queue.claim("w", LEASE)
+        assert (job.attempt, job.fence) == (1, fence)
+        returned = queue.finish(job, JobStatus.QUEUED, None)
+        assert (returned.status, returned.lease_until, returned.finished_at) == (JobStatus.QUEUED, None, None)
+
+
+def test_a_job_handed_back_keeps_its_place(backend, queue):
+    enqueue(backend, "ftjob-1", "ftjob-2")
+    queue.finish(queue.claim("w", LEASE), JobStatus.QUEUED, None)
+    assert queue.claim("w", LEASE).id == "ftjob-1"
+
+
+def test_a_failure_is_kept_with_its_reason(backend, queue):
+    enqueue(backend, "ftjob-1")
+    error = JobError("invalid_training_file", "line 3: the completion is empty")
+    failed = queue.finish(queue.claim("w", LEASE), JobStatus.FAILED, error)
+    assert failed == queue.job("acme", "ftjob-1")
+    assert (failed.status, failed.error, failed.finished_at) == (JobStatus.FAILED, error, 1000.0)
+
+
+def test_a_running_job_cannot_be_finished_as_running(backend, queue):
+    enqueue(backend, "ftjob-1")
+    job = queue.claim("w", LEASE)
+    with pytest.raises(Conflict):
+        queue.finish(job, JobStatus.RUNNING, None)
+    assert queue.job("acme", "ftjob-1") == job
+
+
+# cancelling
+
+
+def test_a_queued_job_is_cancelled_at_once(backend, queue):
+    enqueue(backend, "ftjob-1")
+    cancelled = queue.request_cancel("acme", "ftjob-1")
+    assert cancelled == queue.job("acme", "ftjob-1")
+    assert (cancelled.status, cancelled.finished_at) == (JobStatus.CANCELLED, 1000.0)
+    assert queue.claim("w", LEASE) is None
+
+
+def test_a_running_job_is_told_at_its_heartbeat(backend, queue):
+    enqueue(backend, "ftjob-1")
+    job = queue.claim("w", LEASE)
+    flagged = queue.request_cancel("acme", "ftjob-1")
+    assert (flagged.status, flagged.cancel_requested) == (JobStatus.RUNNING, True)
+    assert queue.heartbeat(job, LEASE, {}).cancel_requested
+    assert queue.finish(job, JobStatus.CANCELLED, None).status is JobStatus.CANCELLED
+
+
+def test_a_paused_job_can_be_cancelled(backend, queue):
+    enqueue(backend, "ftjob-1")
+    assert queue.finish(queue.claim("w", LEASE), JobStatus.PAUSED, None).status is JobStatus.PAUSED
+    assert queue.claim("w", LEASE) is None
+    assert queue.request_cancel("acme", "ftjob-1").status is JobStatus.CANCELLED
+
+
+def test_handing_back_a_cancelled_job_ends_it(backend, queue):
+    enqueue(backend, "ftjob-1")
+    job = queue.claim("w", LEASE)
+    queue.request_cancel("acme", "ftjob-1")
+    assert queue.finish(job, JobStatus.QUEUED, None).status is JobStatus.CANCELLED
+
+
+def test_a_cancelled_job_does_not_outlive_its_worker(backend, queue, clock):
+    enqueue(backend, "ftjob-1")
+    queue.claim("w", LEASE)
+    queue.request_cancel("acme", "ftjob-1")
+    clock.now += LEASE
+    assert queue.claim("w", LEASE) is None
+    assert queue.job("acme", "ftjob-1").status is JobStatus.CANCELLED
+
+
+def test_a_job_may_finish_before_it_hears_of_its_cancelling(backend, queue):
+    enqueue(backend, "ftjob-1")
+    job = queue.claim("w", LEASE)
+    queue.request_cancel("acme", "ftjob-1")
+    publish(backend, job=job)
+    assert queue.job("acme", "ftjob-1").status is JobStatus.SUCCEEDED
+
+
+@pytest.mark.parametrize("status", [status for status in JobStatus if status.is_final])
+def test_what_is_final_cannot_be_cancelled(backend, queue, status):
+    enqueue(backend, "ftjob-1")
+    queue.finish(queue.claim("w", LEASE), status, None)
+    with pytest.raises(Conflict, match=status):
+        queue.request_cancel("acme", "ftjob-1")
+
+
+def test_an_unknown_and_a_foreign_job_are_told_apart_by_nothing(backend, queue):
+    enqueue(backend, "ftjob-1")
+    with pytest.raises(JobNotFound) as unknown:
+        queue.request_cancel("acme", "ftjob-2")
+    with pytest.raises(JobNotFound) as foreign:
+        queue.request_cancel("other", "ftjob-1")
+    assert unknown.value.message.replace("ftjob-2", "ftjob-1") == foreign.value.message
+
+
+# looking at jobs
+
+
+def test_jobs_are_listed_newest_first(backend, queue):
+    enqueue(backend, "ftjob-1", "ftjob-2", "ftjob-3")
+    enqueue(backend, "ftjob-4", tenant="other")
+    assert [job.id for job in queue.jobs("acme", None, 2)] == ["ftjob-3", "ftjob-2"]
+    assert [job.id for job in queue.jobs("acme", "ftjob-2", 2)] == ["ftjob-1"]
+    assert queue.jobs("acme", "ftjob-4", 2) == []
+
+
+def test_job_counts_name_every_status(backend, queue):
+    enqueue(backend, "ftjob-1", "ftjob-2", tenant="a")
+    enqueue(backend, "ftjob-3", tenant="b")
+    queue.claim("w", LEASE)
+    assert queue.job_counts() == {**dict.fromkeys(JobStatus, 0), JobStatus.QUEUED: 2, JobStatus.RUNNING: 1}
+
+
+def test_events_are_numbered_within_their_job(backend, queue, clock):
+    enqueue(backend, "ftjob-1", "ftjob-2")
+    first, second = queue.claim("w", LEASE), queue.claim("w", LEASE)
+    queue.add_event(first, "message", {"message": "started"})
+    clock.now += 1
+    queue.add_event(second, "message", {})
+    queue.add_event(first, "metrics", {"step": 1, "train_loss": 2.5})
+    events = queue.events("acme", "ftjob-1", 0, 10)
+    assert [(event.sequence, event.kind, event.created_at) for event in events] == [
+        (1, "message", 1000.0),
+        (2, "metrics", 1001.0),
+    ]
+    assert events[1].data == {"step": 1, "train_loss": 2.5}
+    assert queue.events("acme", "ftjob-1", 1, 10) == events[1:]
+    assert queue.events("acme", "ftjob-1", 0, 1) == events[:1]
+    assert queue.events("acme", "ftjob-1", 10**12, 1) == []
+    assert queue.events("other", "ftjob-1", 0, 10) == []
+
+
+def test_events_and_beats_do_not_undo_one_another(backend, queue):
+    enqueue(backend, "ftjob-1")
+    job = queue.claim("w", LEASE)
+    queue.add_event(job, "message", {})
+    queue.heartbeat(job, LEASE, {"step": 1})
+    queue.add_event(job, "message", {})
+    assert queue.job("acme", "ftjob-1").progress == {"step": 1}
+    assert [event.sequence for event in queue.events("acme", "ftjob-1", 0, 10)] == [1, 2]
+
+
+# bounds, and many at once
+
+
+def test_a_quota_bounds_the_jobs_that_have_not_ended(store, backend, queue):
+    store.tenants.create("acme")
+    store.tenants.set_quotas("acme", {"jobs": 2})
+    enqueue(backend, "ftjob-1", "ftjob-2")
+    job = queue.claim("w", LEASE)
+    with pytest.raises(QuotaExceeded, match="may have 2 jobs; this would make it 3"):
+        enqueue(backend, "ftjob-3")
+    enqueue(backend, "ftjob-4", tenant="other")
+    queue.finish(job, JobStatus.FAILED, None)
+    enqueue(backend, "ftjob-3")
+
+
+def test_threads_claim_every_job_once(backend, queue):
+    enqueue(backend, *(f"ftjob-{index}" for index in range(12)))
+    claimed: list[str] = []
+
+    def work():
+        while (job := queue.claim("w", LEASE)) is not None:
+            publish(backend, job=job)
+            claimed.append(job.id)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(claimed) == len(set(claimed)) == 12
+    versions = Catalog(backend).versions("acme", "support", 0, 100)
+    assert [version.version for version in versions] == list(range(1, 13))
