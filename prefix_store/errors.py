@@ -6,10 +6,12 @@ AntefixError
 │   ├── InvalidPrefix            a prefix file that is damaged, unsafe or not what it claims
 │   │   └── PrefixMismatch       a sound prefix that does not fit this model
 │   ├── ContextLengthExceeded    prefix + prompt + max_tokens over the model's context
+│   ├── ChatTemplateMissing      messages, for a model that has no form for them
 │   └── InvalidTrainingData      examples that cannot be trained on
 ├── PayloadTooLarge              over a size cap
 ├── NotFound                     unknown, or another tenant's: never told apart
 │   ├── PrefixNotFound
+│   ├── ModelNotFound            a name that is neither the base model's nor a prefix's
 │   └── JobNotFound
 ├── Unauthorized                 no key, or not a valid one
 ├── Forbidden                    a valid key without the needed scope
@@ -72,6 +74,12 @@ class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
 
 
+class ChatTemplateMissing(InvalidRequest):
+    """Messages, for a model that has no form for them."""
+
+    code = "chat_template_missing"
+
+
 class InvalidTrainingData(InvalidRequest):
     """Examples that cannot be trained on; the message names the line."""
 
@@ -94,6 +102,12 @@ class PrefixNotFound(NotFound):
     """No such prefix for this tenant."""
 
     code = "prefix_not_found"
+
+
+class ModelNotFound(NotFound):
+    """A name that is neither the base model's nor one of this tenant's prefixes."""
+
+    code = "model_not_found"
 
 
 class JobNotFound(NotFound):

@@ -11,7 +11,22 @@ from fastapi import Depends, FastAPI
 from prefix_store.jobs import BUILT_IN_METHODS
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.store import Store
-from server.api import errors, generate, inspect, model, ops, prefixes, training, uploads, verify, versions
+from server.api import (
+    chat,
+    completions,
+    errors,
+    generate,
+    inspect,
+    model,
+    models,
+    ops,
+    prefixes,
+    tokens,
+    training,
+    uploads,
+    verify,
+    versions,
+)  # fmt: skip
 from server.api.auth import Gate, authorise
 from server.api.exchange import Exchange
 from server.api.limits import MB, BodyLimit
@@ -36,12 +51,14 @@ def create_app(
     max_upload_mb: int = 256,
     counters_url: str | None = None,
     collect_seconds: float = COLLECT_SECONDS,
+    chat_template: str | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
     """Joins the parts of a server. The loop must run; it is stopped, and the store closed, when the app shuts down.
 
     `methods` names the ways to tune a prefix that a job may ask for. `counters_url`: the store's address, where rates
-    are counted if it is a Redis. `clock` is the one that the engine reads deadlines by.
+    are counted if it is a Redis. `chat_template` stands in for the tokenizer's own. `clock` is the one that the engine
+    reads deadlines by.
     """
 
     @asynccontextmanager
@@ -71,12 +88,12 @@ def create_app(
         lambda tenant: recent.ask("quotas", tenant, lambda: store.tenants.quotas(tenant)), counters(counters_url), clock
     )
     app.state.services = Services(
-        store, frozen, loop, loader, metrics, gate, rates, recent, require_prefix, methods, clock
+        store, frozen, loop, loader, metrics, gate, rates, recent, require_prefix, methods, clock, chat_template
     )
     errors.install(app)
     app.add_middleware(BodyLimit, upload_bytes=max_upload_mb * MB, metrics=metrics)
     app.add_middleware(Exchange, metrics=metrics)
-    parts = (ops, model, generate, training, uploads, versions, inspect, verify)
+    parts = (ops, model, generate, completions, chat, models, tokens, training, uploads, versions, inspect, verify)
     # `prefixes` last: a reference may hold a slash, so its route for one prefix takes any path below it
     for part in (*parts, prefixes):
         app.include_router(part.router)

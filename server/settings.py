@@ -34,6 +34,7 @@ class Settings(BaseSettings):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
     require_prefix: bool = False
+    chat_template: Path | None = Field(default=None, description="a file; the tokenizer's own template if absent")
     methods: Annotated[dict[str, Path], NoDecode, BeforeValidator(jobs.method_files)] = Field(
         default={},
         validate_default=False,

@@ -13,6 +13,7 @@ import torch
 import transformers
 import uvicorn
 from fastapi import FastAPI
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from prefix_store import codec
 from prefix_store.errors import AntefixError, InvalidPrefix, StoreCorrupt
@@ -39,6 +40,7 @@ INT8, AROUND_INT8 = "int8", "bfloat16"
 SHUTDOWN_SECONDS = 1
 # Prefixes whose headers are read at the start to find some that fit.
 LOOKED_AT = 50
+PROBE = {"role": "user", "content": "x"}
 
 
 def serve(chosen: Settings) -> None:
@@ -56,6 +58,7 @@ def _serve(chosen: Settings) -> None:
     open_mode = check_access(chosen, store)
     store.collect()
     frozen = _load_model(chosen)
+    template = chat_template(chosen, frozen)
     if Path(chosen.model or models.BUNDLED).resolve() == models.BUNDLED:
         seed(store, BUNDLED_PREFIXES)
     engine = _start_engine(chosen, frozen)
@@ -71,6 +74,7 @@ def _serve(chosen: Settings) -> None:
         methods=chosen.method_names,
         max_upload_mb=chosen.max_upload_mb,
         counters_url=chosen.store,
+        chat_template=template,
     )
     loop.start()
     address = f"http://{_bracketed(chosen.host)}:{listener.getsockname()[1]}"
@@ -119,6 +123,20 @@ def _load_model(chosen: Settings) -> FrozenModel:
         dtype=AROUND_INT8 if dtype == INT8 else dtype,
         name=chosen.model_name,
     )
+
+
+def chat_template(chosen: Settings, frozen: FrozenModel) -> str | None:
+    """The text of ANTEFIX_CHAT_TEMPLATE's file. Raises SystemExit if it cannot be read, or is no template."""
+    if chosen.chat_template is None:
+        return None
+    try:
+        template = chosen.chat_template.read_text(encoding="utf-8")
+        frozen.tokenizer.apply_chat_template([PROBE], chat_template=template, tokenize=False)
+    except (OSError, UnicodeError, TemplateSyntaxError) as error:
+        raise SystemExit(f"antefix: ANTEFIX_CHAT_TEMPLATE={chosen.chat_template}: {error}") from None
+    except TemplateError:
+        pass  # a template may refuse the probe, and take other messages
+    return template
 
 
 def seed(store: Store, folder: Path) -> None:

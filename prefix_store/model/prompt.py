@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prefix_store.errors import InvalidRequest
+from jinja2 import TemplateError
+
+from prefix_store.errors import ChatTemplateMissing, InvalidRequest
 
 
 def render(text: str, template: str | None) -> str:
@@ -12,12 +15,33 @@ def render(text: str, template: str | None) -> str:
     return template.replace("{prompt}", text) if template is not None else text
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
+def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], template: str | None = None) -> str:
+    """Messages in a chat template, up to where the answer begins; by default the template is the tokenizer's own.
+
+    Raises ChatTemplateMissing, and InvalidRequest for messages that the template does not take.
+    """
+    if template is None and not tokenizer.chat_template:
+        raise ChatTemplateMissing(
+            "this model has no chat template: use /v1/completions, or start the server with ANTEFIX_CHAT_TEMPLATE",
+            param="messages",
+        )
+    try:
+        text: str = tokenizer.apply_chat_template(
+            list(messages), chat_template=template, add_generation_prompt=True, tokenize=False
+        )
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # a template is a program, which may refuse messages or stumble over them
+        raise InvalidRequest(f"the chat template does not take these messages: {error}", param="messages") from None
+    return text
+
+
+def encode(tokenizer: Any, text: str, *, special_tokens: bool = True) -> list[int]:
     """Encodes with the tokenizer's own defaults; an empty text becomes BOS.
 
-    Raises InvalidRequest for an empty text where the tokenizer has no BOS: nothing would be left to predict from.
+    `special_tokens` False puts none in front, for a text that has them already, as a chat template's does. Raises
+    InvalidRequest for an empty text where the tokenizer has no BOS: nothing would be left to predict from.
     """
-    ids: list[int] = tokenizer(text, verbose=False).input_ids
+    ids: list[int] = tokenizer(text, add_special_tokens=special_tokens, verbose=False).input_ids
     if ids:
         return ids
     if tokenizer.bos_token_id is None:

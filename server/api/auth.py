@@ -25,6 +25,14 @@ KEY = "key"
 OPEN = frozenset({"/healthz", "/readyz", "/health"})
 SCOPES = {
     ("POST", "/generate"): "generate",
+    ("POST", "/v1/completions"): "generate",
+    ("POST", "/v1/chat/completions"): "generate",
+    ("GET", "/v1/models"): "generate",
+    ("GET", "/v1/models/{model:path}"): "generate",
+    ("DELETE", "/v1/models/{model:path}"): "prefix:write",
+    ("POST", "/tokenize"): "generate",
+    ("POST", "/detokenize"): "generate",
+    ("GET", "/tokenizer_info"): "generate",
     ("GET", "/v1/model"): "prefix:read",
     ("POST", "/v1/prefixes"): "prefix:write",
     ("GET", "/v1/prefixes"): "prefix:read",

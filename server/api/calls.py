@@ -27,7 +27,10 @@ class Delta:
 
 @dataclass
 class Choice:
-    """One choice as it grows: text that is certain, tokens used for it, and why it ended."""
+    """One choice as it grows: text that is certain, tokens used for it, and why it ended.
+
+    `end_logprob` is that of the token that ended it, which is none of its tokens.
+    """
 
     index: int
     stream: TextStream
@@ -35,6 +38,7 @@ class Choice:
     tokens: int = 0
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    end_logprob: TokenLogprob | None = None
 
     def take(self, event: TokenEvent) -> str:
         """Applies an event and returns the text that became certain. Tokens behind a stop string do not count."""
@@ -47,6 +51,7 @@ class Choice:
         if event.finish_reason is not None:
             pieces.append(self.stream.finish())
         self.finish_reason = FinishReason.STOP if self.stream.stopped else event.finish_reason
+        self.end_logprob = event.end_logprob
         self.text += (piece := "".join(pieces))
         self.logprobs += (*(event.prompt_logprobs or ()), *event.logprobs[: len(pieces)])
         return piece

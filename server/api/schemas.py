@@ -60,11 +60,9 @@ def _by_token_id(biases: Any) -> Any:
     return {int(key): bias for key, bias in biases.items()}
 
 
-class GenerateBody(Body):
-    """POST /generate. Ranges of the sampling fields are `SamplingParams`'s."""
+class SamplingFields(BaseModel):
+    """What every route that generates takes, by these names. The ranges are `SamplingParams`'s."""
 
-    prompt: str | Integers
-    prefix_id: str | None = None
     max_tokens: Integer | None = None
     temperature: float = 1.0
     top_p: float = 1.0
@@ -79,12 +77,19 @@ class GenerateBody(Body):
     stop_token_ids: Annotated[Integers, Field(max_length=256)] = Field(default=[])
     min_tokens: Integer = 0
     n: int = Field(default=1, ge=1, le=64)
-    logprobs: Integer | None = None
-    echo: bool = False
     ignore_eos: bool = False
     stream: bool = False
     user: str | None = Field(default=None, max_length=256)
     timeout_s: float | None = Field(default=None, gt=0, le=86_400)
+
+
+class GenerateBody(SamplingFields, Body):
+    """POST /generate."""
+
+    prompt: str | Integers
+    prefix_id: str | None = None
+    logprobs: Integer | None = None
+    echo: bool = False
 
 
 class Example(Body):
@@ -146,7 +151,7 @@ class SharingBody(Body):
     tenants: Literal["all"] | Annotated[list[str], Field(fail_fast=True, max_length=1000)]
 
 
-B = TypeVar("B", bound=Body)
+B = TypeVar("B", bound=BaseModel)
 
 
 async def read(request: Request, kind: type[B]) -> B:

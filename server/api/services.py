@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
@@ -25,6 +26,7 @@ class Services:
     """The parts of one server.
 
     `methods`: the ways to tune a prefix that a job may ask for. `clock` is the engine's: deadlines are in its seconds.
+    `chat_template` None is the tokenizer's own. `started` is a Unix time, which clients are told as the base model's.
     """
 
     store: Store
@@ -38,6 +40,8 @@ class Services:
     require_prefix: bool
     methods: Sequence[str]
     clock: Callable[[], float]
+    chat_template: str | None = None
+    started: int = field(default_factory=lambda: int(time.time()))
     # one text at a time: a tokenizer is not made for several threads, and there are few cores
     tokenizing: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
 

@@ -70,7 +70,8 @@ class TokenEvent:
     """What a request's sequence produced in one step. The last event of a request has a finish reason.
 
     `prompt_logprobs` comes once, on the first event, when `echo` and `logprobs` were asked for; its first entry has
-    no logprob. A stop token ends the sequence and is not among `token_ids`.
+    no logprob. A stop token ends the sequence and is not among `token_ids`; `end_logprob` is its own, if logprobs were
+    asked for.
     """
 
     request_id: str
@@ -78,4 +79,5 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    end_logprob: TokenLogprob | None = None
     error: str | None = None

@@ -270,6 +270,7 @@ class Scheduler:
             finish_reason=reason,
             logprobs=() if stopped or result.logprob is None else (result.logprob,),
             prompt_logprobs=prompt_logprobs,
+            end_logprob=result.logprob if stopped else None,
         )
 
     def _reason_to_stop(self, sequence: Sequence, token_id: int) -> FinishReason | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from server.engine.loop import EngineStats
 from server.scheduler.messages import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
 
+END = 1  # the token that an answer ends with
 Answer = Callable[[GenerationRequest], list[int]]
 
 
@@ -72,7 +73,10 @@ class FakeLoop:
         if self.failure is not None:
             on_event(TokenEvent(request.id, finish_reason=FinishReason.ERROR, error=self.failure))
         elif len(ids) < asked:
-            on_event(TokenEvent(request.id, finish_reason=FinishReason.STOP))
+            ended = TokenLogprob(END, -0.25) if request.params.logprobs is not None else None
+            prompt = None if ids else _prompt_logprobs(request)
+            stop = FinishReason.STOP
+            on_event(TokenEvent(request.id, finish_reason=stop, prompt_logprobs=prompt, end_logprob=ended))
 
 
 def _logprobs(request: GenerationRequest, token_id: int) -> tuple[TokenLogprob, ...]:

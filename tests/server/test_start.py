@@ -49,6 +49,25 @@ def test_int8_where_it_is_not_to_be_had_is_one_line(monkeypatch: pytest.MonkeyPa
         start._start_engine(chosen, start._load_model(chosen))
 
 
+def test_a_chat_template_is_the_text_of_a_file(frozen: FrozenModel, tmp_path: Path) -> None:
+    path = tmp_path / "chat.jinja"
+    assert start.chat_template(Settings(), frozen) is None
+    for template in ("{{ messages[0].content }} é", "{{ raise_exception('not these messages') }}"):
+        path.write_text(template)
+        assert start.chat_template(Settings(chat_template=path), frozen) == template
+
+
+@pytest.mark.parametrize("content", [None, b"{% for %}", b"{{ messages", b"\xff"])
+def test_a_chat_template_that_is_none_is_one_line(frozen: FrozenModel, tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "chat.jinja"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit) as caught:
+        start.chat_template(Settings(chat_template=path), frozen)
+    assert str(caught.value).startswith(f"antefix: ANTEFIX_CHAT_TEMPLATE={path}: ")
+    assert "\n" not in str(caught.value)
+
+
 def test_bundled_prefixes_are_published_once(store: Store, frozen: FrozenModel, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.safetensors").write_bytes(artefacts.native(frozen))

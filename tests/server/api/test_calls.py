@@ -8,7 +8,7 @@ import pytest
 from prefix_store.errors import GenerationFailed, Overloaded
 from prefix_store.model.frozen import FrozenModel
 from server.api.calls import Call
-from server.scheduler.messages import FinishReason, GenerationRequest, TokenEvent
+from server.scheduler.messages import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
 from server.scheduler.sampling_params import SamplingParams
 
 Sink = Callable[[TokenEvent], None]
@@ -63,6 +63,17 @@ async def test_tokens_after_a_stop_string_do_not_count_and_late_events_are_passe
     assert (first.text, first.tokens, first.finish_reason) == ("hi", 3, FinishReason.STOP)
     assert (second.text, second.tokens, second.finish_reason) == ("", 0, FinishReason.STOP)
     assert loop.aborted == ["a"]
+
+
+@pytest.mark.anyio
+async def test_the_token_that_ends_a_choice_is_none_of_its_own(frozen: FrozenModel) -> None:
+    (letter,), end = tokens(frozen, "h"), TokenLogprob(1, -2.0)
+    first = TokenEvent("a", (letter,), logprobs=(TokenLogprob(letter, -1.0),))
+    made = call(frozen, Script(first, TokenEvent("a", (), FinishReason.STOP, end_logprob=end)), logprobs=0)
+    made.submit()
+    await made.finish()
+    (choice,) = made.choices
+    assert (choice.logprobs, choice.end_logprob) == ([TokenLogprob(letter, -1.0)], end)
 
 
 @pytest.mark.anyio

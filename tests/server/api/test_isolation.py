@@ -25,6 +25,8 @@ from tests.server.fakes import FakeLoop
 
 FROZEN = tiny_frozen("llama")
 EXAMPLES = [{"prompt": "a", "completion": "b"}]
+MESSAGES = [{"role": "user", "content": "x"}]
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 # What stands where an id does, and beside it what there is none of, in as many letters.
 NAMES = [
     ("support", "missing"),
@@ -91,6 +93,14 @@ WAYS: dict[tuple[str, str], list[Way]] = {
     ("GET", "/v1/prefixes/{ref:path}/inspect"): [prefix("/v1/prefixes/<id>/inspect?prompt=x")],
     ("POST", "/v1/prefixes/{ref:path}/verify"): [prefix("/v1/prefixes/<id>/verify")],
     ("GET", "/v1/model"): NOTHING,
+    ("POST", "/v1/completions"): [prefix("/v1/completions", json={"model": "<id>", "prompt": "x"})],
+    ("POST", "/v1/chat/completions"): [prefix("/v1/chat/completions", json={"model": "<id>", "messages": MESSAGES})],
+    ("GET", "/v1/models"): NOTHING,
+    ("GET", "/v1/models/{model:path}"): [prefix("/v1/models/<id>")],
+    ("DELETE", "/v1/models/{model:path}"): [prefix("/v1/models/<id>")],
+    ("POST", "/tokenize"): [prefix("/tokenize", json={"model": "<id>", "prompt": "x"})],
+    ("POST", "/detokenize"): [prefix("/detokenize", json={"model": "<id>", "tokens": [70]})],
+    ("GET", "/tokenizer_info"): NOTHING,
     ("GET", "/v1/jobs"): [job("/v1/jobs?after=<id>")],
     ("GET", "/v1/jobs/{job_id}"): [job("/v1/jobs/<id>")],
     ("GET", "/v1/jobs/{job_id}/events"): [job("/v1/jobs/<id>/events?after=0")],
@@ -104,7 +114,7 @@ class Tenants:
     def __init__(self, folder: Path, frozen: FrozenModel) -> None:
         self.store = Store.open(f"sqlite:///{folder}/store.db")
         loader = PrefixLoader(self.store.prefixes, frozen, 1 << 20)
-        self.app = create_app(self.store, frozen, FakeLoop(lambda request: [70]), loader)
+        self.app = create_app(self.store, frozen, FakeLoop(lambda request: [70]), loader, chat_template=TEMPLATE)
         self.file = artefacts.native(frozen)
         self._client = TestClient(self.app, base_url="http://127.0.0.1:8000", raise_server_exceptions=False)
         self._keys = {tenant: self.store.keys.create(tenant, ["admin"])[0] for tenant in ("acme", "other", "third")}

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from prefix_store.errors import ContextLengthExceeded, Overloaded
-from server.scheduler.messages import FinishReason, GenerationRequest, PrefixPayload, TokenEvent
+from server.scheduler.messages import FinishReason, GenerationRequest, PrefixPayload, TokenEvent, TokenLogprob
 from server.scheduler.plan import Load, Move, RowResult, StepPlan
 from server.scheduler.sampling_params import SamplingParams
 from server.scheduler.scheduler import Limits, Scheduler
@@ -80,6 +80,16 @@ def test_eos_and_stop_tokens_end_a_row_and_are_not_given_out():
         assert (event.token_ids, event.finish_reason) == ((), FinishReason.STOP)
     scheduler.add(request("on", params={"ignore_eos": True}), seed=0)
     assert run(scheduler, token=EOS)[0].token_ids == (EOS,)
+
+
+def test_the_logprob_of_the_token_that_ends_a_row_comes_beside_the_others():
+    scheduler = make()
+    ended, going_on = TokenLogprob(EOS, -0.5), TokenLogprob(7, -0.25)
+    for name, logprob in (("a", ended), ("b", going_on)):
+        scheduler.add(request(name, params={"logprobs": 0}), seed=0)
+        (event,) = scheduler.commit(scheduler.schedule(), [RowResult(logprob.token_id, logprob)])
+        found = ((), ended) if name == "a" else ((going_on,), None)
+        assert (event.logprobs, event.end_logprob) == found
 
 
 def test_one_prefix_is_loaded_once_for_all_its_readers():

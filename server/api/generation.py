@@ -1,0 +1,218 @@
+"""A call on its way, whatever route it came by: begun from checked fields, ended once, told of in the log."""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from collections import Counter
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import structlog
+from anyio import to_thread
+from fastapi import Request
+
+from prefix_store.errors import AntefixError, InvalidRequest
+from prefix_store.model.frozen import FrozenModel
+from server.api import errors, references, sse
+from server.api.auth import Caller
+from server.api.calls import Call
+from server.api.prompts import Prompt
+from server.api.references import ServedPrefix
+from server.api.schemas import SamplingFields
+from server.api.services import Services
+from server.scheduler.messages import FinishReason, GenerationRequest
+from server.scheduler.sampling_params import SamplingParams
+
+_log = structlog.get_logger("antefix.generate")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A call on its way, and what its reply is made of. Each prompt has `n` choices, which stand together."""
+
+    id: str
+    tenant: str
+    prefix: ServedPrefix | None
+    prompts: tuple[Prompt, ...]
+    n: int
+    call: Call
+    services: Services
+    begun: float
+
+    def prompt_of(self, choice: int) -> Prompt:
+        """The prompt that a choice answers."""
+        return self.prompts[choice // self.n]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all prompts, each counted once."""
+        return sum(len(prompt.ids) for prompt in self.prompts)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Those that stand before the prompts, counted as the prompts are."""
+        return virtual_tokens(self.prefix) * len(self.prompts)
+
+    @property
+    def timings(self) -> dict[str, float | None]:
+        """Milliseconds from the beginning."""
+        seconds = {"time_to_first_token_ms": self.call.first_token_at, "total_ms": self.call.ended_at}
+        return {name: None if at is None else round(1000 * (at - self.begun), 3) for name, at in seconds.items()}
+
+
+async def load_prefix(reference: str, services: Services, caller: Caller) -> ServedPrefix:
+    """The prefix behind a reference. Raises what `references.load` raises."""
+    with services.metrics.prefix_load.time():
+        return await to_thread.run_sync(references.load, services, reference, caller)
+
+
+def virtual_tokens(prefix: ServedPrefix | None) -> int:
+    """How much of the context is taken before the prompt begins."""
+    return prefix.payload.virtual_tokens if prefix else 0
+
+
+def sampling(
+    fields: SamplingFields,
+    frozen: FrozenModel,
+    taken: int,
+    *,
+    otherwise: int,
+    logprobs: int | None = None,
+    echo: bool = False,
+) -> SamplingParams:
+    """How a prompt's answers are chosen, where `taken` tokens of the context are taken before the first.
+
+    An absent max_tokens is `otherwise`, or what room there is, and at least one, so that too long a prompt is still
+    refused.
+    """
+    room = max(1, min(otherwise, frozen.context_length - taken))
+    return SamplingParams(
+        max_tokens=room if fields.max_tokens is None else fields.max_tokens,
+        temperature=fields.temperature,
+        top_p=fields.top_p,
+        top_k=fields.top_k,
+        min_p=fields.min_p,
+        repetition_penalty=fields.repetition_penalty,
+        presence_penalty=fields.presence_penalty,
+        frequency_penalty=fields.frequency_penalty,
+        logit_bias=_logit_bias(fields, frozen),
+        seed=fields.seed,
+        stop=(fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop),
+        stop_token_ids=frozenset(fields.stop_token_ids),
+        min_tokens=fields.min_tokens,
+        ignore_eos=fields.ignore_eos,
+        logprobs=logprobs,
+        echo=echo,
+    )
+
+
+async def begin(
+    kind: str,
+    asked: Sequence[tuple[Prompt, SamplingParams]],
+    fields: SamplingFields,
+    prefix: ServedPrefix | None,
+    services: Services,
+    caller: Caller,
+    begun: float,
+) -> Generation:
+    """Queues every choice of every prompt, or none.
+
+    Raises RateLimited, and what the engine raises for a request that it cannot take.
+    """
+    name = f"{kind}-{uuid.uuid4().hex}"
+    deadline = begun + fields.timeout_s if fields.timeout_s is not None else None
+    rows = [
+        GenerationRequest(
+            id=f"{name}-{place * fields.n + index}",
+            tenant=caller.tenant,
+            prompt_ids=prompt.ids,
+            params=_seeded(params, index),
+            prefix=prefix.payload if prefix else None,
+            deadline=deadline,
+        )
+        for place, (prompt, params) in enumerate(asked)
+        for index in range(fields.n)
+    ]
+    call = Call(services.loop, rows, services.frozen.tokenizer, services.clock)
+    prompts = tuple(prompt for prompt, _ in asked)
+    await services.rates.start(caller.tenant, len(rows), sum(len(prompt.ids) for prompt in prompts))
+    try:
+        call.submit()
+    except BaseException:
+        services.rates.end(caller.tenant, len(rows))
+        raise
+    return Generation(name, caller.tenant, prefix, prompts, fields.n, call, services, begun)
+
+
+async def finish(generation: Generation, request: Request) -> None:
+    """Waits for all choices, and ends the call. Raises GenerationFailed, and ClientDisconnect when nobody waits."""
+    try:
+        await sse.unless_gone(request.receive, generation.call.finish())
+    finally:
+        await end(generation)
+
+
+def stream(generation: Generation, pieces: AsyncGenerator[dict[str, Any], None]) -> sse.EventStream:
+    """The reply that sends the pieces as they come, and ends the call."""
+    return sse.EventStream(_events(pieces), on_end=partial(end, generation))
+
+
+async def end(generation: Generation) -> None:
+    """Ends what still runs, and records what became of the call."""
+    call, rates = generation.call, generation.services.rates
+    call.abort()
+    rates.end(generation.tenant, len(call.choices))
+    _record(generation)
+    await rates.count_generated(generation.tenant, call.tokens)
+
+
+def _record(generation: Generation) -> None:
+    call, metrics = generation.call, generation.services.metrics
+    reasons = Counter(str(choice.finish_reason or FinishReason.ABORT) for choice in call.choices)
+    for reason, count in reasons.items():
+        metrics.finished.labels(reason).inc(count)
+    if call.first_token_at is not None:
+        metrics.first_token.observe(call.first_token_at - generation.begun)
+    if call.ended_at is not None:
+        metrics.latency.observe(call.ended_at - generation.begun)
+    structlog.contextvars.bind_contextvars(
+        call=generation.id,
+        prefix=generation.prefix and str(generation.prefix.version.ref),
+        prompt_tokens=generation.prompt_tokens,
+        completion_tokens=call.tokens,
+        finish_reasons=dict(reasons),
+        timings=generation.timings,
+    )
+
+
+async def _events(pieces: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:
+    """A failure from here on can only be told inside of the stream."""
+    try:
+        async with aclosing(pieces):
+            async for piece in pieces:
+                yield sse.event(piece)
+    except AntefixError as error:
+        yield sse.event(errors.body(error))
+    except Exception:
+        _log.exception("unhandled")
+        yield sse.event(errors.body(errors.unforeseen()))
+    yield sse.DONE
+
+
+def _logit_bias(fields: SamplingFields, frozen: FrozenModel) -> tuple[tuple[int, float], ...]:
+    last = frozen.vocabulary_size - 1
+    if max(fields.logit_bias, default=0) > last:
+        odd = max(fields.logit_bias)
+        raise InvalidRequest(f"logit_bias: token ids must be from 0 to {last}, got {odd}", param="logit_bias")
+    return tuple(fields.logit_bias.items())
+
+
+def _seeded(params: SamplingParams, index: int) -> SamplingParams:
+    """Choice `index` of a prompt draws by `seed + index`, wrapped into 64 bits."""
+    if params.seed is None:
+        return params
+    return dataclasses.replace(params, seed=(params.seed + index + 2**63) % 2**64 - 2**63)

@@ -1,0 +1,148 @@
+"""The JSON bodies of OpenAI's routes. What a client sends beyond these fields is passed over, as OpenAI's peers do."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from prefix_store.errors import InvalidRequest
+from server.api.schemas import Integer, Integers, SamplingFields
+from server.scheduler.sampling_params import MAX_LOGPROBS
+
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Tokens = Annotated[list[Integers], Field(fail_fast=True)]
+
+
+class LenientBody(BaseModel):
+    """Base of these bodies. `null` is the same as absent.
+
+    `HARMLESS` has the fields that ask for another kind of answer than this server gives, with the values that do not:
+    passing over them would answer something else than what was asked.
+    """
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
+    HARMLESS: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _understood(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for name, harmless in cls.HARMLESS.items():
+            if data.get(name) is not None and data[name] not in harmless:
+                raise InvalidRequest(f"{name} is not supported by this server", param=name)
+        return {name: value for name, value in data.items() if value is not None}
+
+
+class StreamOptions(LenientBody):
+    """`include_usage`: one more chunk at the end, without choices. `continuous_usage_stats`: usage in every chunk."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class AnswerBody(SamplingFields, LenientBody):
+    """What completions and chat completions have in common. `max_completion_tokens` is a newer name of `max_tokens`."""
+
+    model: str = Field(min_length=1)
+    max_completion_tokens: Integer | None = None
+    stream_options: StreamOptions = StreamOptions()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_the_newer_name(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("max_completion_tokens") is None:
+            return data
+        return {**data, "max_tokens": data["max_completion_tokens"]}
+
+
+class CompletionBody(AnswerBody):
+    """POST /v1/completions. `prompt` is one or several, as texts or as token ids."""
+
+    HARMLESS: ClassVar[dict[str, tuple[Any, ...]]] = {"suffix": ("",)}
+
+    prompt: str | Integers | Texts | Tokens
+    best_of: Integer | None = None
+    logprobs: Integer | None = None
+    echo: bool = False
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts one by one. No ids at all are one empty prompt."""
+        if isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)
+
+    @model_validator(mode="after")
+    def _best_of_n_is_all(self) -> CompletionBody:
+        if self.best_of is not None and self.best_of not in (1, self.n):
+            raise InvalidRequest("best_of other than n is not supported by this server", param="best_of")
+        return self
+
+
+class Part(LenientBody):
+    """A part of a message's content."""
+
+    type: str
+    text: str | None = None
+
+
+class Message(LenientBody):
+    """One message of a conversation."""
+
+    role: str = Field(min_length=1, max_length=64)
+    content: str | Annotated[list[Part], Field(fail_fast=True)] = ""
+    name: str | None = Field(default=None, max_length=64)
+
+    @property
+    def text(self) -> str:
+        """The content; its parts stand below one another. Raises InvalidRequest for a part that is no text."""
+        if isinstance(self.content, str):
+            return self.content
+        if any(part.type != "text" for part in self.content):
+            raise InvalidRequest("messages: content must be text", param="messages")
+        return "\n".join(part.text or "" for part in self.content)
+
+    def to_json(self) -> dict[str, str]:
+        """As chat templates take it."""
+        return {"role": self.role, "content": self.text} | ({"name": self.name} if self.name is not None else {})
+
+
+class ChatBody(AnswerBody):
+    """POST /v1/chat/completions."""
+
+    HARMLESS: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "tools": ([],),
+        "functions": ([],),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+    }
+
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)]
+    logprobs: bool = False
+    top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def scores(self) -> int | None:
+        """`SamplingParams.logprobs`: how many of the likeliest are asked for beside the token itself."""
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+        return self.top_logprobs if self.logprobs else None
+
+
+class TokenizeBody(LenientBody):
+    """POST /tokenize: a text, or messages in the chat template."""
+
+    model: str | None = Field(default=None, min_length=1)
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool = False
+
+
+class DetokenizeBody(LenientBody):
+    """POST /detokenize."""
+
+    model: str | None = Field(default=None, min_length=1)
+    tokens: Integers
