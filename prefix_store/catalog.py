@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 
 from prefix_store import audit, holds, job_records, layout
 from prefix_store.backends.base import Backend, Transaction
-from prefix_store.errors import InvalidRequest
+from prefix_store.errors import InvalidRequest, StoreCorrupt
 from prefix_store.jobs import JobStatus, TrainingJob
 from prefix_store.name_records import (
     Draft,
@@ -78,6 +78,7 @@ class Catalog:
 
     def find(self, ref: PrefixRef, reader: str) -> PrefixVersion | None:
         """The version that a reference means now to this tenant; None unless it is there and the tenant may use it."""
+        before: NameRecord | None = None
         with self._backend.view() as view:
             while True:
                 record = read_name(view, ref.tenant, ref.name)
@@ -89,7 +90,9 @@ class Catalog:
                     return None if version.has_expired(view.now) else version
                 if ref.version is not None:
                     return None
-                # it was replaced and deleted between the two reads
+                if record == before:
+                    raise StoreCorrupt(f"{ref} means version {number}, which is missing")
+                before = record  # most likely it was replaced and deleted between the two reads
 
     def name(self, tenant: str, name: str) -> NameRecord | None:
         """What a name stands for, or None."""
@@ -223,7 +226,7 @@ class Catalog:
             whole = ref.version is None
             removed = all_versions(transaction, ref.tenant, ref.name) if whole else [version]
             left = None if whole else highest_besides(transaction, version)
-            check_free(record, removed, whole=left is None)
+            check_free(record, removed, whole=whole)
             remove_versions(transaction, record, removed, left, by, "prefix.delete")
             return removed
 

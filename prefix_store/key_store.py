@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from prefix_store import audit, layout
 from prefix_store.audit import LOCAL
 from prefix_store.backends.base import Backend, Transaction
-from prefix_store.errors import InvalidRequest, NotFound, Unauthorized
+from prefix_store.errors import Conflict, InvalidRequest, NotFound, Unauthorized
 from prefix_store.prefix import check_name
 from prefix_store.tenant_store import ensure
 from prefix_store.tenants import SCOPES, ApiKey, key_id_of, new_key
@@ -39,9 +39,10 @@ class KeyStore:
         return self._backend.write(work)
 
     def rotate(self, key_id: str, overlap: float, lifetime: float | None = None, by: str = LOCAL) -> tuple[str, ApiKey]:
-        """Makes a key like this one, good for `lifetime` seconds; the old one is for `overlap` more at most.
+        """Makes a key like this one; the old one is good for `overlap` seconds more at most.
 
-        Raises NotFound.
+        The new one is good for `lifetime` seconds, by default for as long as the old one was made for. Raises NotFound,
+        Conflict for a key that has expired.
         """
 
         def work(transaction: Transaction) -> tuple[str, ApiKey]:
@@ -49,11 +50,14 @@ class KeyStore:
             if data is None:
                 raise NotFound(f"there is no key {key_id[:80]!r}")
             old = ApiKey.from_json(data)
+            if old.has_expired(transaction.now):
+                raise Conflict(f"key {old.id} has expired; make a new one")
             end = transaction.now + overlap
             ending = dataclasses.replace(old, expires_at=end if old.expires_at is None else min(end, old.expires_at))
             transaction.put(layout.key(old.id), ending.to_json())
             audit.record(transaction, by, old.tenant, "key.rotate", old.id)
-            return _add(transaction, old.tenant, old.scopes, lifetime, by)
+            inherited = old.expires_at - old.created_at if old.expires_at is not None else None
+            return _add(transaction, old.tenant, old.scopes, inherited if lifetime is None else lifetime, by)
 
         return self._backend.write(work)
 

@@ -11,9 +11,9 @@ from prefix_store.backends.base import Transaction, to_json, walk
 from prefix_store.errors import Conflict, StoreCorrupt
 from prefix_store.store import Store
 
-# the first part of every key
+# the first part of every key; a name comes after its versions, for whoever opens a copy that was cut off
 FOLDERS = (
-    "name", "retired", "version", "expiry", "shared", "tombstone", "blob", "job", "jobs", "queued", "running", "event",
+    "version", "name", "retired", "expiry", "shared", "tombstone", "blob", "job", "jobs", "queued", "running", "event",
     "tenant", "usage", "key", "once", "audit",
 )  # fmt: skip
 BATCH = 200

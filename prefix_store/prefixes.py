@@ -186,5 +186,7 @@ class PrefixStore:
 def check_lifetime(lifetime: float | None) -> float | None:
     """Returns a lifetime in seconds if it is legal, else raises InvalidRequest."""
     if lifetime is not None and not (math.isfinite(lifetime) and 0 < lifetime <= LONGEST_LIFETIME):
-        raise InvalidRequest(f"a lifetime is up to {LONGEST_LIFETIME:.0f} seconds, got {lifetime}", param="lifetime")
+        raise InvalidRequest(
+            f"a lifetime is more than 0 and at most {LONGEST_LIFETIME:.0f} seconds, got {lifetime}", param="ttl_seconds"
+        )
     return lifetime

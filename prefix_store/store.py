@@ -49,8 +49,8 @@ class Store:
         path = Path(_after("sqlite:///", url, "store", f"sqlite:///path or {REDIS_SCHEMES[0]}host:port/0"))
         if not create and not path.is_file():
             raise StoreUnavailable(f"there is no store at {path}; ANTEFIX_STORE says where it is")
-        folder = blobs or (path.parent / "blobs").absolute().as_uri()
-        return cls(SqliteBackend(path, clock or time.time), _blobs(folder, url))
+        backend = SqliteBackend(path, clock or time.time)  # first, for it makes the folder, and for its owner only
+        return cls(backend, _blobs(blobs, url) if blobs else FolderBlobs((path.parent / "blobs").absolute()))
 
     def ping(self) -> None:
         """Raises StoreUnavailable unless records and blobs can be reached."""

@@ -91,6 +91,7 @@ class TenantStore:
         erased = 0
         while found := sum(self._remove(stage(self._backend, name)) for stage in STAGES):
             erased += found  # and again, for what requests that had begun have added meanwhile
+            self._unshare(name)
         self._rename_in_audit(name, hashed)
         if erased:
             self._backend.write(lambda transaction: audit.record(transaction, by, "", "tenant.erase", hashed))

@@ -98,7 +98,7 @@ class FolderBlobs:
         with _storage():
             for path in self._temporary.iterdir():
                 with contextlib.suppress(FileNotFoundError):
-                    if path.stat().st_mtime < oldest:
+                    if path.is_file() and path.stat().st_mtime < oldest:
                         path.unlink()
 
     def ping(self) -> None:
@@ -134,7 +134,8 @@ def _storage() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreUnavailable(f"the blob folder cannot be used: {error.strerror}") from error
+        where = f" ({error.filename})" if error.filename else ""
+        raise StoreUnavailable(f"the blob folder cannot be used: {error.strerror}{where}") from error
 
 
 @contextlib.contextmanager

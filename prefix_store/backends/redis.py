@@ -16,7 +16,7 @@ import redis
 
 from prefix_store.backends.base import BufferedTransaction, T, Transaction, View, bounds, from_json
 from prefix_store.backends.redis_client import INDEX, RECORDS, SCHEMA, answering, connect, rewrite
-from prefix_store.errors import StoreUnavailable
+from prefix_store.errors import StoreCorrupt, StoreUnavailable
 
 SCHEMA_VERSION = 2
 # How long a transaction is tried again because others were quicker.
@@ -160,6 +160,8 @@ class RedisBackend:
     def _range(self, wanted: Range) -> list[tuple[str, str]]:
         low, high, limit, descending = wanted
         flat = self._scan(keys=[INDEX, RECORDS], args=[low, high, limit, int(descending)])
+        if None in flat:
+            raise StoreCorrupt(f"the index {INDEX} names a record that {RECORDS} does not have")
         texts = [item.decode() for item in cast("list[bytes]", flat)]
         return list(zip(texts[::2], texts[1::2], strict=True))
 

@@ -24,6 +24,7 @@ class SqliteFile:
         self._idle: list[sqlite3.Connection] = []
         self._closed = False
         _create(self._path)
+        self._check_ours()
         self._check_journal()
         self._upgrade()
 
@@ -107,6 +108,14 @@ class SqliteFile:
                 f"{self._path} cannot hold a store: SQLite answers journal mode {mode!r} instead of 'wal', "
                 "as it does on network file systems; use a local disk"
             )
+
+    def _check_ours(self) -> None:
+        """Raises StoreUnavailable for another program's database, of which nothing is changed."""
+        with self.read() as connection:
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master LIMIT 3")]
+        if version == 0 and tables:
+            raise StoreUnavailable(f"{self._path} is no store but another program's database, with {', '.join(tables)}")
 
     def _upgrade(self) -> None:
         with self.write() as connection:

@@ -37,7 +37,12 @@ def rotate(
         float, typer.Option(parser=amounts.seconds, metavar="TIME", help="How long the old one is still good.")
     ] = "24h",  # type: ignore[assignment]
     expires: Annotated[
-        float | None, typer.Option(parser=amounts.seconds, metavar="TIME", help="How long the new one is good.")
+        float | None,
+        typer.Option(
+            parser=amounts.seconds,
+            metavar="TIME",
+            help="How long the new one is good, if not as long as the old was.",
+        ),
     ] = None,
 ) -> None:
     """Make another key of the same tenant and scopes, print it, and let the old one expire."""

@@ -94,14 +94,16 @@ def remove(
 ) -> None:
     """Erase a tenant: its keys, prefixes, jobs, training examples and lines of the audit log, to the last byte."""
     with opened() as store:
-        _known(store, name)
         usage = store.tenants.usage(name)
         keys = sum(key.tenant == name for key in store.keys.all())
         what = f"{_prefixes(usage)}, {counted(sum(usage.jobs.values()), 'job')}, {counted(keys, 'key')}"
         if not yes:
             typer.confirm(f"Erase tenant {name} with {what}? This cannot be undone", abort=True, err=True)
         erased = store.erase_tenant(name)
-    typer.echo(f"erased {name}: {what}; {size(usage.bytes)} of files, {counted(erased, 'record')}")
+    if erased:
+        typer.echo(f"erased {name}: {what}; {size(usage.bytes)} of files, {counted(erased, 'record')}")
+    else:
+        typer.echo(f"nothing was left of a tenant {name}")
 
 
 def _known(store: Store, name: str) -> None:

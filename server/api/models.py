@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from anyio import to_thread
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from prefix_store.errors import Forbidden
 from prefix_store.prefix import PrefixVersion
-from server.api import model_names, references
+from server.api import conditions, model_names, references
 from server.api.auth import Caller, Calling
 from server.api.services import Services, Serving
 
@@ -35,9 +35,9 @@ async def show(model: str, services: Serving, caller: Calling) -> dict[str, Any]
 
 
 @router.delete("/{model:path}")
-async def delete(model: str, services: Serving, caller: Calling) -> dict[str, Any]:
+async def delete(request: Request, model: str, services: Serving, caller: Calling) -> dict[str, Any]:
     """Removes one version of a prefix, or all of a bare name, as `DELETE /v1/prefixes` does."""
-    await to_thread.run_sync(_delete, model, services, caller)
+    await to_thread.run_sync(_delete, model, services, caller, conditions.wanted(request.headers))
     return {"id": model, "object": "model", "deleted": True}
 
 
@@ -54,13 +54,13 @@ def _versions(services: Services, tenant: str) -> Iterator[PrefixVersion]:
         after = page[-1].name
 
 
-def _delete(model: str, services: Services, caller: Caller) -> None:
+def _delete(model: str, services: Services, caller: Caller, if_match: str | None) -> None:
     if model_names.resolve(model, services, caller) is None:
         raise Forbidden("the base model cannot be deleted", param="model")
     with model_names.known_as(model):
         own = references.own(model, caller)  # what is shared with the caller it may use and not delete
         with references.changing(services, caller, own.name):
-            services.store.prefixes.delete(own, by=caller.by)
+            services.store.prefixes.delete(own, if_match, caller.by)
 
 
 def _base(services: Services) -> dict[str, Any]:

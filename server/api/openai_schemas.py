@@ -52,6 +52,9 @@ class AnswerBody(SamplingFields, LenientBody):
     @model_validator(mode="before")
     @classmethod
     def _by_the_newer_name(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("prefix_id") is not None:
+            # passed over like other unknown fields, it would be answered by the base model
+            raise InvalidRequest("here the prefix is named by `model`, not by prefix_id", param="prefix_id")
         if not isinstance(data, dict) or data.get("max_completion_tokens") is None:
             return data
         return {**data, "max_tokens": data["max_completion_tokens"]}

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from prefix_store import holds
+from prefix_store import holds, layout
 from prefix_store.catalog import PAGE, Catalog
 from prefix_store.errors import (
     Conflict,
@@ -13,6 +13,7 @@ from prefix_store.errors import (
     PreconditionFailed,
     PrefixNotFound,
     QuotaExceeded,
+    StoreCorrupt,
     StoreUnavailable,
 )
 from prefix_store.job_queue import JobQueue
@@ -393,3 +394,21 @@ def test_a_job_that_has_ended_publishes_nothing(backend, catalog, queue):
     with pytest.raises(LeaseLost):
         publish(backend, job=job)
     assert not catalog.ever_published("acme", "support")
+
+
+def test_a_name_whose_version_is_missing_is_corrupt_and_answers_at_once(backend, catalog):
+    version = publish(backend)
+    key = layout.version("acme", "support", version.version)
+    kept = version.to_json()
+    backend.write(lambda transaction: transaction.delete(key))
+    with pytest.raises(StoreCorrupt, match="acme/support means version 1, which is missing"):
+        catalog.find(PrefixRef("acme", "support"), "acme")
+    backend.write(lambda transaction: transaction.put(key, kept))
+
+
+def test_the_only_version_is_not_deleted_by_number_while_it_has_an_alias(backend, catalog):
+    publish(backend)
+    catalog.set_alias("acme", "support", "live", 1, BY)
+    with pytest.raises(Conflict, match="alias live"):
+        catalog.delete(PrefixRef("acme", "support", 1), None, BY)
+    assert len(catalog.delete(PrefixRef("acme", "support"), None, BY)) == 1

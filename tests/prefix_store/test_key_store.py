@@ -1,6 +1,6 @@
 import pytest
 
-from prefix_store.errors import InvalidName, InvalidRequest, NotFound, Unauthorized
+from prefix_store.errors import Conflict, InvalidName, InvalidRequest, NotFound, Unauthorized
 from prefix_store.tenants import new_key
 
 
@@ -112,3 +112,18 @@ def test_what_is_done_to_keys_is_in_the_audit_log(store, keys):
             ("key.remove", key.id, "local"),
         ]
     )
+
+
+def test_a_key_that_ends_is_replaced_by_one_that_lasts_as_long(keys, clock):
+    _, key = keys.create("acme", ["generate"], lifetime=100.0)
+    clock.now += 50
+    assert keys.rotate(key.id, overlap=10.0)[1].expires_at == 1150.0
+    assert keys.rotate(key.id, overlap=10.0, lifetime=7.0)[1].expires_at == 1057.0
+
+
+def test_an_expired_key_cannot_be_replaced(keys, clock):
+    _, key = keys.create("acme", ["generate"], lifetime=100.0)
+    clock.now += 100
+    with pytest.raises(Conflict, match="has expired"):
+        keys.rotate(key.id, overlap=60.0)
+    assert list(keys.all()) == [key]

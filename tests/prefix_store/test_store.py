@@ -87,3 +87,12 @@ def test_two_open_stores_are_one(store, url, clock):
     assert other.prefixes.read(version)
     assert isinstance(other.blobs, FolderBlobs) == url.startswith("sqlite")
     other.close()
+
+
+def test_blobs_lie_beside_the_file_whatever_the_folder_is_called(tmp_path):
+    folder = tmp_path / "a b%20é#?"
+    store = Store.open(f"sqlite:///{folder}/store.db")
+    version = store.prefixes.save("acme", "support", manifest(), tensors(manifest()))
+    with store.prefixes.file(version) as path:
+        assert path.is_relative_to(folder / "blobs")
+    store.close()

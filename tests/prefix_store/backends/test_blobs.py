@@ -292,3 +292,10 @@ def test_a_store_that_never_rests_keeps_a_blob_for_the_next_time(served):
 
     assert not served.blobs.remove_unless(HELLO, needed)
     assert served.blobs.read(HELLO) == b"hello"
+
+
+def test_a_folder_among_the_temporary_files_is_left_alone(folder, later):
+    (folder.root / "tmp" / "stray").mkdir()
+    later[0] = ABANDONED_SECONDS + 1
+    folder.tidy()
+    assert (folder.root / "tmp" / "stray").is_dir()

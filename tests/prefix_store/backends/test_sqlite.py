@@ -127,3 +127,14 @@ def test_a_scrub_that_others_stand_in_the_way_of_says_so(tmp_path, monkeypatch):
     reader.close()
     backend.scrub()
     backend.close()
+
+
+def test_another_programs_database_is_refused_and_left_as_it_was(tmp_path):
+    path = tmp_path / "store.db"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE users (name TEXT)")
+    connection.close()
+    before = path.read_bytes()
+    with pytest.raises(StoreUnavailable, match="another program's database, with users"):
+        SqliteBackend(path)
+    assert path.read_bytes() == before

@@ -73,7 +73,7 @@ def test_max_tokens_is_openais_default_or_what_room_there_is(
 def test_sampling_fields_reach_the_engine_and_unknown_ones_are_passed_over(client: TestClient, loop: FakeLoop) -> None:
     asked = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "seed": 3, "ignore_eos": True, "logprobs": 0}
     asked |= {"repetition_penalty": 1.2, "presence_penalty": -0.5, "frequency_penalty": 0.5, "min_tokens": 2}
-    passed_over = {"prefix_id": "support", "topp": 3, "stop": None, "logit_bias": None, "user": "u", "best_of": 1}
+    passed_over = {"topp": 3, "stop": None, "logit_bias": None, "user": "u", "best_of": 1}
     passed_over |= {"suffix": "", "stream_options": {"include_obfuscation": True}}
     complete(client, **BASE, **asked, **passed_over)
     (request,) = loop.requests
@@ -267,3 +267,11 @@ def test_a_body_that_is_too_large_is_413(client: TestClient) -> None:
 def test_a_finished_call_is_counted(client: TestClient) -> None:
     complete(client, **LONG, n=2)
     assert 'antefix_request_success_total{finished_reason="stop"} 2.0' in client.get("/metrics").text
+
+
+@pytest.mark.parametrize("model", ["tiny-llama", "support"])
+def test_a_prefix_named_as_in_generate_is_refused_and_not_passed_over(
+    client: TestClient, prefix: str, model: str
+) -> None:
+    reply = client.post("/v1/completions", json={**BASE, "model": model, "prefix_id": prefix})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "prefix_id")

@@ -99,3 +99,12 @@ def test_tenants_see_their_own_models(client: TestClient, store: Store, frozen: 
             "code": "model_not_found",
         }
     assert client.delete("/v1/models/acme/mine", headers=acme).status_code == 200
+
+
+def test_a_model_is_deleted_only_if_it_is_still_the_one_that_is_meant(
+    client: TestClient, store: Store, frozen: FrozenModel
+) -> None:
+    publish(store, frozen)
+    reply = client.delete("/v1/models/support", headers={"if-match": '"' + "0" * 64 + '"'})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (412, "precondition_failed")
+    assert client.delete("/v1/models/support", headers={"if-match": "*"}).status_code == 200
