@@ -192,7 +192,7 @@ class Catalog:
             for reader in changed.shared:
                 transaction.put(layout.shared(reader, tenant, name), {})
             write_name(transaction, tenant, name, changed)
-            target = f"{name}{audit.SHARED_WITH}{', '.join(changed.shared) or 'none'}"
+            target = f"{name}{audit.SHARED_WITH}{', '.join(changed.shared) or '-'}"
             audit.record(transaction, by, tenant, audit.SHARE, target)
             return changed
 

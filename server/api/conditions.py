@@ -7,13 +7,26 @@ import binascii
 import re
 from collections.abc import Mapping
 
+from fastapi import Request
+
 from prefix_store.errors import InvalidRequest, PreconditionFailed
 from prefix_store.name_records import ABSENT
 from prefix_store.prefix import PrefixVersion
 
+CONDITIONS = ("if-match", "if-none-match", "idempotency-key")
 ETAG = re.compile(r'"([0-9a-f]{64})"')
 SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 CONTENT_DIGEST = re.compile(r"\s*sha-256=:([A-Za-z0-9+/=]*):\s*")
+
+
+def unconditional(request: Request) -> None:
+    """For changes that take no conditions: one that was passed over would be a change nobody wanted.
+
+    Raises InvalidRequest.
+    """
+    for header in CONDITIONS:
+        if header in request.headers:
+            raise InvalidRequest(f"this route does not take {header}", param=header)
 
 
 def etag(version: PrefixVersion) -> dict[str, str]:

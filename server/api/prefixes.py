@@ -8,7 +8,7 @@ from io import BytesIO
 from typing import Annotated, Any, Literal
 
 from anyio import to_thread
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from starlette.background import BackgroundTask
 from starlette.responses import FileResponse, JSONResponse, Response
 
@@ -72,7 +72,7 @@ async def show(request: Request, ref: str, services: Serving, caller: Calling) -
     return await to_thread.run_sync(whole, services, version, caller)
 
 
-@router.patch("/{ref:path}")
+@router.patch("/{ref:path}", dependencies=[Depends(conditions.unconditional)])
 async def edit(request: Request, ref: str, services: Serving, caller: Calling) -> Response:
     """Changes what may change of a version: its metadata, whether it is pinned, when it expires."""
     body = await schemas.read(request, EditBody)

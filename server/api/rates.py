@@ -15,7 +15,7 @@ from limits.aio.storage.base import SlidingWindowCounterSupport
 from limits.errors import StorageError
 from limits.storage import storage_from_string
 
-from prefix_store.errors import RateLimited, StoreUnavailable
+from prefix_store.errors import QuotaExceeded, RateLimited, StoreUnavailable
 from prefix_store.store import REDIS_SCHEMES
 from prefix_store.tenants import Quotas
 
@@ -71,12 +71,19 @@ class Rates:
             await self._counted("tokens", tenant, tokens, UNBOUNDED)
 
     async def start(self, tenant: str, sequences: int, prompt_tokens: int) -> None:
-        """Counts a prompt, and sequences that run in this server from now on until `end`. Raises RateLimited."""
+        """Counts a prompt, and sequences that run in this server from now on until `end`.
+
+        Raises RateLimited, and QuotaExceeded for more sequences than may ever run.
+        """
         quotas = await self._quotas(tenant)
         tokens = quotas.tokens_per_minute
         if tokens is not None and await self._wait("tokens", tenant, tokens) > 0:
             await self._refuse("tokens", tenant, tokens)
         most = quotas.concurrent_sequences
+        if most is not None and sequences > most:
+            raise QuotaExceeded(
+                f"this tenant may run {most} sequences at a time; {sequences} were asked for", param="n"
+            )
         if most is not None and self._running[tenant] + sequences > most:
             raise _limited(f"this tenant may run {most} sequences at a time; {self._running[tenant]} run now", 1)
         self._running[tenant] += sequences

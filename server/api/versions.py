@@ -5,19 +5,20 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from anyio import to_thread
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
 from prefix_store import layout
 from prefix_store.errors import InvalidName
 from prefix_store.name_records import NameRecord
 from prefix_store.prefix import PrefixRef, check_name
-from server.api import prefixes, references, schemas, views
+from server.api import conditions, prefixes, references, schemas, views
 from server.api.auth import Caller, Calling
 from server.api.schemas import RollbackBody, SharingBody, VersionBody
 from server.api.services import Services, Serving
 
 router = APIRouter(prefix="/v1/prefixes")
+UNCONDITIONAL = [Depends(conditions.unconditional)]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 Number = Annotated[int, Query(ge=0, le=999_999_999)]
 
@@ -28,21 +29,21 @@ async def page(ref: str, services: Serving, caller: Calling, after: Number = 0, 
     return await to_thread.run_sync(_page, services, caller, ref, after, limit)
 
 
-@router.post("/{name}/rollback")
+@router.post("/{name}/rollback", dependencies=UNCONDITIONAL)
 async def roll_back(request: Request, name: str, services: Serving, caller: Calling) -> Response:
     """Makes another version the current one, by default the highest below it."""
     body = await schemas.read(request, RollbackBody)
     return await to_thread.run_sync(_roll_back, services, caller, name, body.version)
 
 
-@router.put("/{name}/aliases/{alias}")
+@router.put("/{name}/aliases/{alias}", dependencies=UNCONDITIONAL)
 async def set_alias(request: Request, name: str, alias: str, services: Serving, caller: Calling) -> Response:
     """Makes `name@alias` mean a version, from one moment to the next."""
     body = await schemas.read(request, VersionBody)
     return await to_thread.run_sync(_set_alias, services, caller, name, alias, body.version)
 
 
-@router.delete("/{name}/aliases/{alias}")
+@router.delete("/{name}/aliases/{alias}", dependencies=UNCONDITIONAL)
 async def remove_alias(name: str, alias: str, services: Serving, caller: Calling) -> dict[str, Any]:
     """Makes `name@alias` mean nothing."""
     await to_thread.run_sync(_remove_alias, services, caller, name, alias)
@@ -55,7 +56,7 @@ async def sharing(name: str, services: Serving, caller: Calling) -> dict[str, An
     return views.sharing(name, await to_thread.run_sync(_shared, services, caller, name))
 
 
-@router.put("/{name}/sharing")
+@router.put("/{name}/sharing", dependencies=UNCONDITIONAL)
 async def share(request: Request, name: str, services: Serving, caller: Calling) -> dict[str, Any]:
     """Shares a name with exactly these tenants, or with all."""
     body = await schemas.read(request, SharingBody)

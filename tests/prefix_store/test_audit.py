@@ -19,7 +19,7 @@ def test_every_change_of_a_prefix_leaves_a_line(store, backend, clock):
         ("alias.set", "support@2 as live", lambda: prefixes.set_alias("acme", "support", "live", 2, by)),
         ("alias.remove", "support@live", lambda: prefixes.remove_alias("acme", "support", "live", by)),
         ("prefix.share", "support with *, other", lambda: prefixes.share("acme", "support", ["other", "*"], by)),
-        ("prefix.share", "support with none", lambda: prefixes.share("acme", "support", [], by)),
+        ("prefix.share", "support with -", lambda: prefixes.share("acme", "support", [], by)),
         ("prefix.edit", "support@1", lambda: prefixes.edit(ref, {"pinned": False}, by)),
         ("prefix.delete", "support@1", lambda: prefixes.delete(ref, by=by)),
     ]

@@ -214,3 +214,22 @@ def test_shared_lists_come_in_pages_of_one_order(by: As, frozen: FrozenModel) ->
         if not page["has_more"]:
             break
     assert seen == ["a-b/x", "a/x", "a/y", "b/x"]
+
+
+@pytest.mark.parametrize("header", ["if-match", "if-none-match", "idempotency-key"])
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("PATCH", "", {"pinned": True}),
+        ("POST", "/rollback", {}),
+        ("PUT", "/aliases/stable", {"version": 1}),
+        ("PUT", "/sharing", {"tenants": "all"}),
+    ],
+)
+def test_a_condition_that_is_not_heeded_is_refused(
+    client: TestClient, three: list[str], method: str, path: str, body: dict[str, Any], header: str
+) -> None:
+    before = client.get("/v1/prefixes/support").json()
+    reply = client.request(method, f"/v1/prefixes/support{path}", json=body, headers={header: "*"})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, header)
+    assert client.get("/v1/prefixes/support").json() == before
