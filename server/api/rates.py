@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -147,7 +148,8 @@ def _limited(message: str, seconds: int) -> RateLimited:
 
 
 def _key(what: str, tenant: str) -> str:
-    return f"antefix/{what}/{tenant}"
+    # no name in a store's files that would outlast the tenant's erasure
+    return f"antefix/{what}/{hashlib.sha256(tenant.encode()).hexdigest()[:32]}"
 
 
 @contextmanager
