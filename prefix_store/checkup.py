@@ -6,10 +6,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from prefix_store import layout, usage
-from prefix_store.backends.base import View
+from prefix_store.backends.base import View, walk
 from prefix_store.errors import PrefixNotFound, StoreCorrupt
 from prefix_store.jobs import TrainingJob
 from prefix_store.name_records import NameRecord
@@ -17,7 +16,6 @@ from prefix_store.prefix import PrefixVersion
 from prefix_store.store import Store
 from prefix_store.tenants import Usage
 
-PAGE = 500
 # Others may write meanwhile: what does not add up is looked at again before it is called wrong.
 LOOKS, PAUSE_SECONDS = 3, 0.2
 
@@ -39,8 +37,8 @@ def examine(store: Store, say: Callable[[int, int], None]) -> Report:
     except StoreCorrupt as error:
         report.faults.append(error.message)
         return report  # what it says of the rest means nothing
-    versions = [PrefixVersion.from_json(data) for _, data in _records(store, "version/")]
-    jobs = [TrainingJob.from_json(data) for _, data in _records(store, "job/")]
+    versions = [PrefixVersion.from_json(data) for _, data in walk(store.backend, "version/")]
+    jobs = [TrainingJob.from_json(data) for _, data in walk(store.backend, "job/")]
     total = len(versions) + len(jobs)
     for number, problem in enumerate(_files(store, versions, jobs), start=1):
         report.faults += [problem] if problem else []
@@ -73,7 +71,7 @@ def _files(store: Store, versions: list[PrefixVersion], jobs: list[TrainingJob])
 def _names(store: Store) -> list[str]:
     """Names whose current version or aliases lead nowhere."""
     wrong = []
-    for key, _ in _records(store, "name/"):
+    for key, _ in walk(store.backend, "name/"):
         wrong += _settled(store, _dangling, key)
     return wrong
 
@@ -92,7 +90,9 @@ def _dangling(view: View, path: str) -> list[str]:
 
 def _counts(store: Store) -> list[str]:
     """Tenants of whom more or less is counted than there is."""
-    tenants = {key.partition("/")[0] for folder in ("name/", "jobs/", "usage/") for key, _ in _records(store, folder)}
+    tenants = {
+        key.partition("/")[0] for folder in ("name/", "jobs/", "usage/") for key, _ in walk(store.backend, folder)
+    }
     wrong = []
     for tenant in sorted(tenants):
         wrong += _settled(store, _miscounted, tenant)
@@ -136,14 +136,3 @@ def _settled(store: Store, look: Callable[[View, str], list[str]], at: str) -> l
             break
         time.sleep(PAUSE_SECONDS if number + 1 < LOOKS else 0)
     return found
-
-
-def _records(store: Store, folder: str) -> Iterator[tuple[str, Any]]:
-    after = ""
-    while True:
-        with store.backend.view() as view:
-            page = view.scan(folder, after=after, limit=PAGE)
-        yield from page
-        if len(page) < PAGE:
-            return
-        after = page[-1][0]
