@@ -11,7 +11,7 @@ import torch
 from prefix_store.errors import InvalidRequest, InvalidTrainingData
 from prefix_store.model import prompt
 
-IGNORED = -100  # the label that cross-entropy passes over
+IGNORED = -100  # the label of what is not a completion token
 VALID_SHARE, VALID_MOST, VALID_FROM = 0.1, 64, 10
 
 
@@ -39,20 +39,9 @@ class Batch:
     real_mask: torch.Tensor
     labels: torch.Tensor
 
-    @property
-    def completion_tokens(self) -> int:
-        """How many tokens count in the loss."""
-        return int((self.labels != IGNORED).sum())
-
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
         return Batch(self.ids.to(device), self.real_mask.to(device), self.labels.to(device))
-
-    def nats(self, logits: torch.Tensor) -> torch.Tensor:
-        """-log p summed over the completions' tokens, from `logits` `[B, T, V]`; each predicts the token after it."""
-        return torch.nn.functional.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), self.labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
-        )
 
 
 def tokenize(
@@ -107,7 +96,7 @@ def split(examples: Sequence[Example], seed: int) -> TrainingData:
     )
 
 
-def shuffled_batches(examples: Sequence[Example], size: int, seed: int) -> Iterator[Batch]:
+def shuffled_batches(examples: Sequence[Example], size: int, seed: int) -> Iterator[list[Example]]:
     """Batches without end and of equal size, epoch after epoch, in an order that only the seed decides."""
     generator = torch.Generator().manual_seed(seed)
     size = min(size, len(examples))
@@ -116,13 +105,13 @@ def shuffled_batches(examples: Sequence[Example], size: int, seed: int) -> Itera
         if len(order) < size:
             order += torch.randperm(len(examples), generator=generator).tolist()
         chosen, order = order[:size], order[size:]
-        yield collate([examples[index] for index in chosen])
+        yield [examples[index] for index in chosen]
 
 
-def batches(examples: Sequence[Example], size: int) -> Iterator[Batch]:
+def batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
     """Every example once, in order."""
     for start in range(0, len(examples), size):
-        yield collate(examples[start : start + size])
+        yield examples[start : start + size]
 
 
 def collate(examples: Sequence[Example]) -> Batch:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from prefix_store.model import apply
+from prefix_store.model.apply import PrefixRows
 from prefix_store.model.frozen import FrozenModel
-from trainer.data import Batch
+from trainer import forward, objective
+from trainer.data import Example
+from trainer.forward import Group
 
 
 @torch.no_grad()
 def nats_per_token(
-    frozen: FrozenModel, rows: Callable[[int], apply.PrefixRows] | None, batches: Iterable[Batch]
+    frozen: FrozenModel, rows: Callable[[int], PrefixRows] | None, batches: Iterable[Sequence[Example]]
 ) -> float:
     """Mean -log p over every completion token of the batches, at least one; `rows` None is the bare model."""
     nats, tokens = 0.0, 0
-    for host_batch in batches:
-        batch = host_batch.to(frozen.device)
-        prefixes = rows(len(batch.ids)) if rows is not None else None
-        nats += batch.nats(apply.logits(frozen, batch.ids, batch.real_mask, prefixes)).item()
-        tokens += batch.completion_tokens
+    for examples in batches:
+        group = Group(rows(len(examples)) if rows is not None else None, examples)
+        (logits,) = forward.logits(frozen, [group])
+        nats += objective.nats(logits, group.labels).item()
+        tokens += len(logits)
     return nats / tokens

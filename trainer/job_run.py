@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -14,7 +14,7 @@ from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import PrefixVersion
 from prefix_store.store import Store
 from trainer import data
-from trainer.data import Batch, Example
+from trainer.data import Example
 from trainer.evaluate import nats_per_token
 from trainer.lease import Lease
 from trainer.loop import Fit, Progress, fit, is_due
@@ -71,7 +71,7 @@ class JobRun:
     def _validate(self, method: TuningMethod, examples: list[Example]) -> float:
         return nats_per_token(self._frozen, method.rows, self._batches(examples))
 
-    def _batches(self, examples: list[Example]) -> Iterator[Batch]:
+    def _batches(self, examples: list[Example]) -> Iterator[Sequence[Example]]:
         for batch in data.batches(examples, self._spec.batch_size):
             self._lease.check()
             yield batch

@@ -11,10 +11,11 @@ import torch
 
 from prefix_store.errors import ModelUnsupported
 from prefix_store.jobs import TrainingSpec
-from prefix_store.model import apply
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.tensors import PrefixTensors
-from trainer.data import Batch, Example, shuffled_batches
+from trainer import forward, objective
+from trainer.data import Example, shuffled_batches
+from trainer.forward import Group
 from trainer.methods.base import TuningMethod
 
 WARMUP_SHARE = 0.05
@@ -67,13 +68,13 @@ def fit(
     stream = shuffled_batches(examples, spec.batch_size, spec.seed)
     for step in range(1, spec.steps + 1):
         batch, rate = next(stream), spec.learning_rate * schedule(step, spec.steps)
-        train_loss = _update(frozen, method, optimiser, batch.to(frozen.device), rate)
+        train_loss = _update(frozen, method, optimiser, batch, rate)
         valid_loss = None
         if validate is not None and is_due(step, spec.steps, VALIDATIONS):
             valid_loss = _number(validate(), "validation")
         if valid_loss is not None and best.valid_loss is not None and valid_loss < best.valid_loss:
             best = Fit(method.tensors(), step, valid_loss, start_loss)
-        tokens += int(batch.real_mask.sum())
+        tokens += sum(len(example.ids) for example in batch)
         elapsed = max(clock() - started, 1e-9)
         left = elapsed / step * (spec.steps - step)
         on_progress(Progress(step, spec.steps, train_loss, valid_loss, rate, tokens / elapsed, left))
@@ -92,11 +93,12 @@ def is_due(step: int, steps: int, times: int) -> bool:
 
 
 def _update(
-    frozen: FrozenModel, method: TuningMethod, optimiser: torch.optim.Optimizer, batch: Batch, rate: float
+    frozen: FrozenModel, method: TuningMethod, optimiser: torch.optim.Optimizer, batch: list[Example], rate: float
 ) -> float:
     """One step; returns the loss before it, averaged over the batch's completion tokens."""
-    logits = apply.logits(frozen, batch.ids, batch.real_mask, method.rows(len(batch.ids)))
-    loss = batch.nats(logits) / batch.completion_tokens
+    group = Group(method.rows(len(batch)), batch)
+    (logits,) = forward.logits(frozen, [group])
+    loss = objective.nats(logits, group.labels) / len(logits)
     number = _number(loss.item(), "training")
     optimiser.zero_grad()
     loss.backward()
@@ -104,8 +106,8 @@ def _update(
     if not optimiser.state and (lost := method.layers_without_gradient()):
         raise ModelUnsupported(f"{frozen.geometry.family}: no gradient reaches the prefix in layers {lost}")
     torch.nn.utils.clip_grad_norm_(method.parameters(), CLIP)
-    for group in optimiser.param_groups:
-        group["lr"] = rate
+    for settings in optimiser.param_groups:
+        settings["lr"] = rate
     optimiser.step()
     return number
 

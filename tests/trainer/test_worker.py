@@ -210,7 +210,7 @@ def test_what_nobody_foresaw_fails_the_job_and_is_printed(store, monkeypatch, ca
 
 def test_a_diverging_job_fails_with_a_reason(store, monkeypatch):
     job = submit(store)
-    monkeypatch.setattr("trainer.data.Batch.nats", lambda self, logits: logits.sum() * float("nan"))
+    monkeypatch.setattr("trainer.objective.nats", lambda logits, labels: logits.sum() * float("nan"))
     make_worker(store).run_until_empty()
     failed = now(store, job)
     assert failed.error is not None

@@ -15,7 +15,7 @@ from prefix_store.model import apply, frozen
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import Method, PrefixManifest, Window
 from tests.models import BOS, CONTEXT, FAMILIES, VOCABULARY, WINDOW, tiny_frozen, tiny_tokenizer
-from trainer.data import Example, shuffled_batches
+from trainer.data import Example, collate, shuffled_batches
 from trainer.loop import CLIP, Progress, fit, schedule
 from trainer.methods.prompt import SoftPrompt
 
@@ -49,7 +49,7 @@ def plain_prompt_tuning(family: str, start: torch.Tensor) -> list[tuple[float, t
     prompt = start.clone().requires_grad_()
     # a rate of 1 is a step of one unit; Adam's epsilon and the clip are gradients, and so in its inverse
     optimiser = torch.optim.Adam([prompt], eps=1e-8 / unit)
-    for step, batch in enumerate(islice(shuffled_batches(EXAMPLES, 2, seed=0), STEPS), start=1):
+    for step, batch in enumerate(map(collate, islice(shuffled_batches(EXAMPLES, 2, seed=0), STEPS)), start=1):
         words = model.get_input_embeddings()(batch.ids)
         soft = prompt.expand(len(words), -1, -1)
         seen = torch.cat([torch.ones(len(words), P, dtype=torch.bool), batch.real_mask], dim=1)
