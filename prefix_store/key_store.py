@@ -42,7 +42,7 @@ class KeyStore:
         """Makes a key like this one; the old one is good for `overlap` seconds more at most.
 
         The new one is good for `lifetime` seconds, by default for as long as the old one was made for. Raises NotFound,
-        Conflict for a key that has expired.
+        Conflict for a key that has expired or was rotated before.
         """
 
         def work(transaction: Transaction) -> tuple[str, ApiKey]:
@@ -52,12 +52,16 @@ class KeyStore:
             old = ApiKey.from_json(data)
             if old.has_expired(transaction.now):
                 raise Conflict(f"key {old.id} has expired; make a new one")
-            end = transaction.now + overlap
-            ending = dataclasses.replace(old, expires_at=end if old.expires_at is None else min(end, old.expires_at))
-            transaction.put(layout.key(old.id), ending.to_json())
-            audit.record(transaction, by, old.tenant, "key.rotate", old.id)
+            if old.successor is not None:
+                raise Conflict(f"key {old.id} was rotated before; rotate its successor {old.successor}")
             inherited = old.expires_at - old.created_at if old.expires_at is not None else None
-            return _add(transaction, old.tenant, old.scopes, inherited if lifetime is None else lifetime, by)
+            audit.record(transaction, by, old.tenant, "key.rotate", old.id)
+            presented, new = _add(transaction, old.tenant, old.scopes, inherited if lifetime is None else lifetime, by)
+            end = transaction.now + overlap
+            ends_at = end if old.expires_at is None else min(end, old.expires_at)
+            ending = dataclasses.replace(old, expires_at=ends_at, successor=new.id)
+            transaction.put(layout.key(old.id), ending.to_json())
+            return presented, new
 
         return self._backend.write(work)
 

@@ -71,7 +71,8 @@ class Usage:
 class ApiKey:
     """A stored key: the public `id` appears in lists and logs; `secret_hash` is sha256 of the whole key.
 
-    256 random bits need no slow hash. `expires_at` is in seconds of the store's clock.
+    256 random bits need no slow hash. `expires_at` is in seconds of the store's clock. `successor` is the id of the
+    key that it was rotated to.
     """
 
     id: str
@@ -80,6 +81,7 @@ class ApiKey:
     scopes: frozenset[str]
     created_at: float
     expires_at: float | None = None
+    successor: str | None = None
 
     def matches(self, presented: str) -> bool:
         """Compares in constant time."""

@@ -75,10 +75,11 @@ def test_a_key_is_replaced_with_both_good_for_a_while(keys, clock):
 
 def test_replacing_a_key_never_makes_the_old_one_last_longer(keys):
     _, key = keys.create("acme", ["generate"], lifetime=10.0)
+    _, other = keys.create("acme", ["generate"], lifetime=10.0)
     keys.rotate(key.id, overlap=60.0)
     assert {each.expires_at for each in keys.all() if each.id == key.id} == {1010.0}
-    keys.rotate(key.id, overlap=0.0)
-    assert {each.expires_at for each in keys.all() if each.id == key.id} == {1000.0}
+    keys.rotate(other.id, overlap=0.0)
+    assert {each.expires_at for each in keys.all() if each.id == other.id} == {1000.0}
     with pytest.raises(NotFound):
         keys.rotate("00000000", overlap=0.0)
 
@@ -117,8 +118,17 @@ def test_what_is_done_to_keys_is_in_the_audit_log(store, keys):
 def test_a_key_that_ends_is_replaced_by_one_that_lasts_as_long(keys, clock):
     _, key = keys.create("acme", ["generate"], lifetime=100.0)
     clock.now += 50
-    assert keys.rotate(key.id, overlap=10.0)[1].expires_at == 1150.0
-    assert keys.rotate(key.id, overlap=10.0, lifetime=7.0)[1].expires_at == 1057.0
+    renewed = keys.rotate(key.id, overlap=10.0)[1]
+    assert renewed.expires_at == 1150.0
+    assert keys.rotate(renewed.id, overlap=10.0, lifetime=7.0)[1].expires_at == 1057.0
+
+
+def test_a_key_has_one_successor(keys):
+    _, key = keys.create("acme", ["generate"], lifetime=100.0)
+    _, renewed = keys.rotate(key.id, overlap=50.0)
+    with pytest.raises(Conflict, match=f"successor {renewed.id}"):
+        keys.rotate(key.id, overlap=50.0)
+    assert {each.id for each in keys.all()} == {key.id, renewed.id}
 
 
 def test_an_expired_key_cannot_be_replaced(keys, clock):
