@@ -7,13 +7,13 @@ from functools import partial
 from typing import Annotated, Any
 
 from anyio import to_thread
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
 
 from prefix_store.errors import ContextLengthExceeded
 from prefix_store.model.inspect import Inspection, inspect
 from prefix_store.prefix import Method, PrefixManifest, PrefixVersion
 from prefix_store.tensors import PrefixTensors, check_fits
-from server.api import aside, prompts, references
+from server.api import aside, prompts, queries, references
 from server.api.auth import Caller, Calling
 from server.api.prompts import Prompt
 from server.api.services import Services, Serving
@@ -28,7 +28,7 @@ router = APIRouter(prefix="/v1/prefixes")
 Texts = Annotated[list[str], Query(max_length=64)]
 
 
-@router.get("/{ref:path}/inspect")
+@router.get("/{ref:path}/inspect", dependencies=[Depends(queries.only_known)])
 async def look(ref: str, services: Serving, caller: Calling, prompt: Texts = []) -> dict[str, Any]:  # noqa: B006
     """Looks into a prefix in a thread of its own, one at a time, while the engine goes on."""
     version, manifest, tensors = await to_thread.run_sync(_read, services, ref, caller)

@@ -46,7 +46,7 @@ async def page(
     return views.page([views.prefix(version, caller.tenant) for version in versions], limit)
 
 
-@router.get("/{ref:path}/export")
+@router.get("/{ref:path}/export", dependencies=[Depends(queries.only_known)])
 async def export(
     ref: str, services: Serving, caller: Calling, format: Literal["native", "peft"] = "native"
 ) -> Response:
@@ -63,7 +63,7 @@ async def export(
     return Response(archive, media_type="application/zip", headers=disposition)
 
 
-@router.get("/{ref:path}")
+@router.get("/{ref:path}", dependencies=[Depends(queries.only_known)])
 async def show(request: Request, ref: str, services: Serving, caller: Calling) -> Response:
     """One version, with its digest as ETag."""
     version = await to_thread.run_sync(references.resolve, services, ref, caller)

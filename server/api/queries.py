@@ -1,4 +1,4 @@
-"""Parameters of an address whose names are the caller's own: `metadata.KEY=VALUE`."""
+"""Parameters of an address: none but those a route knows, and those whose names are the caller's own."""
 
 from __future__ import annotations
 
@@ -12,10 +12,18 @@ from prefix_store.errors import InvalidRequest
 METADATA = "metadata."
 
 
-def metadata(request: Request, known: Sequence[str]) -> dict[str, str]:
-    """The metadata among a request's parameters. Raises InvalidRequest for one that is neither that nor known.
+def only_known(request: Request) -> None:
+    """Raises InvalidRequest for a parameter that the route does not name, which would otherwise be ignored."""
+    known = [parameter.alias for parameter in request.scope["route"].dependant.query_params]
+    for name in request.query_params:
+        if name not in known:
+            raise _unknown(name, known)
 
-    A misspelt filter would otherwise let everything through.
+
+def metadata(request: Request, known: Sequence[str]) -> dict[str, str]:
+    """The `metadata.KEY=VALUE` among a request's parameters.
+
+    Raises InvalidRequest for one that is neither that nor known: a misspelt filter would let everything through.
     """
     found: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
@@ -25,6 +33,11 @@ def metadata(request: Request, known: Sequence[str]) -> dict[str, str]:
                 raise InvalidRequest(f"{METADATA}KEY needs a key, each once; got {name[:80]!r}", param=name[:80])
             found[key] = value
         elif name not in known:
-            near = difflib.get_close_matches(name[:80], (*known, METADATA + "KEY"), n=1, cutoff=0.0)[0]
-            raise InvalidRequest(f"unknown parameter {name[:80]!r}; did you mean {near!r}?", param=name[:80])
+            raise _unknown(name, (*known, METADATA + "KEY"))
     return found
+
+
+def _unknown(name: str, known: Sequence[str]) -> InvalidRequest:
+    near = difflib.get_close_matches(name[:80], known, n=1, cutoff=0.0)
+    hint = f"; did you mean {near[0]!r}?" if near else "; there are none here"
+    return InvalidRequest(f"unknown parameter {name[:80]!r}{hint}", param=name[:80])

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from anyio import to_thread
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
 from prefix_store.backends.base import Transaction
 from prefix_store.errors import InvalidRequest, JobNotFound
 from prefix_store.jobs import TrainingJob, TrainingSpec
-from server.api import references, repeats, schemas, views
+from server.api import queries, references, repeats, schemas, views
 from server.api.auth import Caller, Calling
 from server.api.repeats import Keep, Reply
 from server.api.schemas import TrainBody
@@ -32,20 +32,20 @@ async def train(request: Request, name: str, services: Serving, caller: Calling)
     return (await to_thread.run_sync(_train, services, caller, key, name, body)).response()
 
 
-@router.get("/jobs")
+@router.get("/jobs", dependencies=[Depends(queries.only_known)])
 async def page(services: Serving, caller: Calling, after: str | None = None, limit: Limit = 100) -> dict[str, Any]:
     """The caller's jobs, newest first."""
     jobs = await to_thread.run_sync(services.store.jobs.jobs, caller.tenant, after, limit + 1)
     return views.page([views.job(job) for job in jobs], limit)
 
 
-@router.get("/jobs/{job_id}")
+@router.get("/jobs/{job_id}", dependencies=[Depends(queries.only_known)])
 async def show(job_id: str, services: Serving, caller: Calling) -> dict[str, Any]:
     """One job."""
     return views.job(await _find(services, caller, job_id))
 
 
-@router.get("/jobs/{job_id}/events")
+@router.get("/jobs/{job_id}/events", dependencies=[Depends(queries.only_known)])
 async def events(
     job_id: str,
     services: Serving,

@@ -12,7 +12,7 @@ from prefix_store import layout
 from prefix_store.errors import InvalidName
 from prefix_store.name_records import NameRecord
 from prefix_store.prefix import PrefixRef, check_name
-from server.api import conditions, prefixes, references, schemas, views
+from server.api import conditions, prefixes, queries, references, schemas, views
 from server.api.auth import Caller, Calling
 from server.api.schemas import RollbackBody, SharingBody, VersionBody
 from server.api.services import Services, Serving
@@ -23,7 +23,7 @@ Limit = Annotated[int, Query(ge=1, le=1000)]
 Number = Annotated[int, Query(ge=0, le=999_999_999)]
 
 
-@router.get("/{ref:path}/versions")
+@router.get("/{ref:path}/versions", dependencies=[Depends(queries.only_known)])
 async def page(ref: str, services: Serving, caller: Calling, after: Number = 0, limit: Limit = 100) -> dict[str, Any]:
     """A name's versions with numbers above `after`, in order."""
     return await to_thread.run_sync(_page, services, caller, ref, after, limit)
