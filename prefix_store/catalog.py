@@ -22,6 +22,7 @@ from prefix_store.name_records import (
     highest_besides,
     label,
     may_read,
+    meant,
     not_found,
     published_before,
     read_name,
@@ -83,11 +84,11 @@ class Catalog:
             while True:
                 record = read_name(view, ref.tenant, ref.name)
                 number = record.number(ref) if record is not None and may_read(record, ref, reader) else None
-                if number is None:
+                if record is None or number is None:
                     return None
                 version = read_version(view, ref.tenant, ref.name, number)
                 if version is not None:
-                    return None if version.has_expired(view.now) else version
+                    return version if not version.has_expired(view.now) else meant(view, record, ref)
                 if ref.version is not None:
                     return None
                 if record == before:
@@ -245,7 +246,7 @@ class Catalog:
             with self._backend.view() as view:
                 keys = [key for key, _ in view.scan(folder, after=after, limit=PAGE)]
                 current = current_versions(view, [owner_and_name(key) for key in keys])
-                found += [version for version in current if not version.has_expired(view.now) and wanted(version)]
+                found += filter(wanted, current)
             if len(keys) < PAGE:
                 break
             after = keys[-1]

@@ -15,9 +15,9 @@ TOMBSTONE_SECONDS = 3600.0
 
 def collect(backend: Backend, blobs: Blobs) -> int:
     """Returns how many blobs were removed. Safe while others read and write, and to be killed at any moment."""
+    expire(backend)
     with backend.view() as view:
         now = view.now
-    _expire(backend, now)
     _bury(backend, now)
     _forget_answers(backend, now)
     needed = _needed(backend, now)
@@ -30,7 +30,10 @@ def collect(backend: Backend, blobs: Blobs) -> int:
     )
 
 
-def _expire(backend: Backend, now: float) -> None:
+def expire(backend: Backend) -> None:
+    """Removes the versions that have expired; until then they count against quotas."""
+    with backend.view() as view:
+        now = view.now
     due = takewhile(lambda record: record[0].partition("/")[0] <= layout.milliseconds(now), walk(backend, "expiry/"))
     for key, _ in due:
         _, tenant, name, number = key.split("/")

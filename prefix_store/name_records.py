@@ -126,9 +126,7 @@ def add_version(
 ) -> PrefixVersion:
     """Writes the next version of `tenant/name` and makes it current. Raises PreconditionFailed, QuotaExceeded."""
     record = read_name(transaction, tenant, name)
-    current = read_version(transaction, tenant, name, record.current) if record is not None else None
-    is_there = current is not None and not current.has_expired(transaction.now)
-    check_match(if_match, current if is_there else None)
+    check_match(if_match, meant(transaction, record, PrefixRef(tenant, name)) if record is not None else None)
     retired = transaction.get(layout.retired(tenant, name)) or {"last": 0}
     last = record.last if record is not None else retired["last"]
     now = transaction.now
@@ -174,34 +172,53 @@ def read_version(view: View, tenant: str, name: str, number: int) -> PrefixVersi
 def existing(view: View, ref: PrefixRef) -> tuple[NameRecord, PrefixVersion]:
     """A name and the version of it that a reference means. Raises PrefixNotFound, also for one that has expired."""
     record = read_name(view, ref.tenant, ref.name)
-    number = record.number(ref) if record is not None else None
-    version = read_version(view, ref.tenant, ref.name, number) if number is not None else None
-    if record is None or version is None or version.has_expired(view.now):
+    version = meant(view, record, ref) if record is not None else None
+    if record is None or version is None:
         raise not_found(ref)
     return record, version
 
 
+def meant(view: View, record: NameRecord, ref: PrefixRef) -> PrefixVersion | None:
+    """The version that a reference to the record's name means now; None for one that is not there or has expired.
+
+    A bare name means its current version and, once that has expired, the highest that has not, as the collector will
+    write it down.
+    """
+    number = record.number(ref)
+    version = read_version(view, ref.tenant, ref.name, number) if number is not None else None
+    if version is None or not version.has_expired(view.now):
+        return version
+    if ref.version is not None or ref.alias is not None:
+        return None
+    return next(reversed(live_versions(view, ref.tenant, ref.name)), None)
+
+
+def live_versions(view: View, tenant: str, name: str) -> list[PrefixVersion]:
+    """Every version of a name that has not expired, in order."""
+    return [version for version in all_versions(view, tenant, name) if not version.has_expired(view.now)]
+
+
 def before_current(view: View, tenant: str, name: str) -> int:
     """The highest version below the current one. Raises PrefixNotFound, Conflict if there is none."""
-    record = read_name(view, tenant, name)
-    if record is None:
-        raise not_found(PrefixRef(tenant, name))
-    every = [version for version in all_versions(view, tenant, name) if not version.has_expired(view.now)]
-    lower = [version.version for version in every if version.version < record.current]
+    _, current = existing(view, PrefixRef(tenant, name))
+    lower = [version.version for version in live_versions(view, tenant, name) if version.version < current.version]
     if not lower:
-        raise Conflict(f"{name}@{record.current} is the lowest version that there is")
+        raise Conflict(f"{label(current)} is the lowest version that there is")
     return max(lower)
 
 
 def current_versions(view: View, names: list[tuple[str, str]]) -> list[PrefixVersion]:
-    """The current versions of these names, each a tenant and a name, in their order; what is gone is left out."""
+    """What these bare names mean now, each a tenant and a name, in their order; what is gone is left out."""
     records: list[Mapping[str, Any] | None] = view.get_many([layout.name(*name) for name in names])
-    keys = [
-        layout.version(tenant, name, record["current"])
-        for (tenant, name), record in zip(names, records, strict=True)
-        if record is not None
-    ]
-    return [PrefixVersion.from_json(data) for data in view.get_many(keys) if data is not None]
+    there = [(name, NameRecord(**data)) for name, data in zip(names, records, strict=True) if data is not None]
+    found = view.get_many([layout.version(*name, record.current) for name, record in there])
+    versions = []
+    for (name, record), data in zip(there, found, strict=True):
+        version = PrefixVersion.from_json(data) if data is not None else None
+        if version is not None and version.has_expired(view.now):
+            version = meant(view, record, PrefixRef(*name))
+        versions += [version] if version is not None else []
+    return versions
 
 
 def may_read(record: NameRecord, ref: PrefixRef, reader: str) -> bool:

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prefix_store import codec, holds, layout
+from prefix_store import codec, collection, holds, layout
 from prefix_store.audit import LOCAL
 from prefix_store.backends.base import Backend, Blobs, Transaction
 from prefix_store.catalog import Catalog
-from prefix_store.errors import InvalidName, InvalidRequest, StoreCorrupt
+from prefix_store.errors import InvalidName, InvalidRequest, QuotaExceeded, StoreCorrupt
 from prefix_store.jobs import TrainingJob
 from prefix_store.name_records import Draft, NameRecord, not_found
 from prefix_store.prefix import ALIAS, PrefixManifest, PrefixRef, PrefixVersion, check_metadata, check_name
@@ -60,7 +60,11 @@ class PrefixStore:
             with holds.held(self._backend, tenant, digest) as hold:
                 self._blobs.put_file(path, digest)
                 draft = Draft(manifest, digest, size, hold, notes, lifetime)
-                return self._catalog.publish(tenant, name, draft, job, if_match, by, also)
+                try:
+                    return self._catalog.publish(tenant, name, draft, job, if_match, by, also)
+                except QuotaExceeded:
+                    collection.expire(self._backend)
+                    return self._catalog.publish(tenant, name, draft, job, if_match, by, also)
 
     def resolve(self, ref: PrefixRef, reader: str | None = None) -> PrefixVersion:
         """The version that a reference means now to `reader`, by default its owner.

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from prefix_store.collection import TOMBSTONE_SECONDS
-from prefix_store.errors import PrefixNotFound, StoreCorrupt, StoreUnavailable
+from prefix_store.errors import PreconditionFailed, PrefixNotFound, QuotaExceeded, StoreCorrupt, StoreUnavailable
 from prefix_store.holds import HOLD_SECONDS
 from prefix_store.prefix import PrefixRef
 from prefix_store.store import Store
@@ -77,6 +77,42 @@ def test_an_expired_version_becomes_a_deleted_one(store, clock):
     clock.now += TOMBSTONE_SECONDS
     assert store.collect() == 1
     assert save(store, lifetime=60.0).version == 2
+
+
+def test_what_has_expired_is_as_good_as_collected(store, clock):
+    first, last = save(store), save(store, seed=1)
+    ending = save(store, seed=2, lifetime=60.0)
+    bare = PrefixRef("acme", "support")
+    store.prefixes.set_alias("acme", "support", "live", 3)
+    save(store, "ends", seed=3, lifetime=60.0)
+    clock.now += 60
+    for _ in range(2):
+        assert store.prefixes.resolve(bare) == last
+        assert store.prefixes.page("acme") == [last]
+        for gone in (ending.ref, PrefixRef("acme", "support", alias="live"), PrefixRef("acme", "ends")):
+            with pytest.raises(PrefixNotFound):
+                store.prefixes.resolve(gone)
+        store.collect()
+    save(store, seed=4, lifetime=60.0)
+    clock.now += 60
+    assert store.prefixes.make_current("acme", "support", None) == first
+    with pytest.raises(PreconditionFailed):
+        save(store, seed=5, if_match=ending.digest)
+    assert save(store, seed=5, if_match=first.digest).version == 5
+
+
+def test_what_has_expired_does_not_keep_a_tenant_from_publishing(store, clock):
+    store.tenants.create("acme")
+    store.tenants.set_quotas("acme", {"prefixes": 2})
+    save(store, "stays")
+    save(store, "ends", seed=1, lifetime=60.0)
+    with pytest.raises(QuotaExceeded):
+        save(store, "new", seed=2)
+    clock.now += 60
+    assert save(store, "new", seed=2).version == 1
+    invariants.check(store.backend)
+    with pytest.raises(QuotaExceeded):
+        save(store, "newer", seed=2)
 
 
 def test_an_expired_version_takes_its_alias_along_and_uncovers_the_one_below(store, clock):
