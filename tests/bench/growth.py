@@ -45,7 +45,8 @@ def measure(kept: Kept, size: Size = Size()) -> dict[str, Any]:
         PROMPT: (size.prompts, lambda n: (rows, n, prefix)),
         PREFIX: (size.prefixes, lambda n: (rows, prompt, n)),
     }
-    engine = engine_of(size.shape.frozen(), slots=size.slots, rows=max(*size.rows, rows))
+    # all prompts in one step, lest the first rows be far ahead when the last have come
+    engine = engine_of(size.shape.frozen(), slots=size.slots, rows=max(*size.rows, rows), step_tokens=size.slots)
     curves = {}
     for name, (points, at) in swept.items():
         seconds = [kept.part(f"{name} {n}", lambda n=n, at=at: step_seconds(engine, *at(n), size)) for n in points]
