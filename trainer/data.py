@@ -22,6 +22,11 @@ class Example:
     ids: tuple[int, ...]
     prompt_length: int
 
+    @property
+    def targets(self) -> Sequence[int]:
+        """The places in `ids` of the tokens that count in the loss, in order, none of them the first."""
+        return range(self.prompt_length, len(self.ids))
+
 
 @dataclass(frozen=True)
 class TrainingData:
@@ -121,8 +126,8 @@ def collate(examples: Sequence[Example]) -> Batch:
         torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool), torch.full(shape, IGNORED)
     )
     for row, example in enumerate(examples):
-        length, start = len(example.ids), example.prompt_length
+        length, targets = len(example.ids), list(example.targets)
         batch.ids[row, :length] = torch.tensor(example.ids)
         batch.real_mask[row, :length] = True
-        batch.labels[row, start:length] = batch.ids[row, start:length]
+        batch.labels[row, targets] = batch.ids[row, targets]
     return batch

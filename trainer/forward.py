@@ -1,4 +1,4 @@
-"""The frozen model over the examples of any number of prefixes at once: what predicts each completion token."""
+"""The frozen model over the examples of any number of prefixes at once: what predicts each token that counts."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Group:
 
     @property
     def labels(self) -> torch.Tensor:
-        """`[C]`: the ids of the examples' completion tokens, one example after another."""
-        return torch.tensor([token for example in self.examples for token in example.ids[example.prompt_length :]])
+        """`[C]`: the ids of the examples' target tokens, one example after another."""
+        return torch.tensor([example.ids[place] for example in self.examples for place in example.targets])
 
     @property
     def tokens(self) -> int:

@@ -32,7 +32,7 @@ def test_groups_do_not_see_one_another(family):
 
 
 def _plain(family: str, frozen, example: Example, prefixes: PrefixRows | None) -> torch.Tensor:
-    """One example alone in the plain reference, which parity tests hold to transformers with the prefix in its cache."""
+    """One example alone in the plain reference, which parity tests hold to what transformers has in its cache."""
     ids = torch.tensor([example.ids])
     one = PrefixRows.shared(prefixes.kv[0], 1, int(prefixes.offset[0]), Window.ALWAYS) if prefixes is not None else None
     every = apply.logits(frozen, ids, torch.ones_like(ids), one)[0]
