@@ -19,11 +19,14 @@ usage/TENANT                      what it has, counted
 key/ID                            an API key
 once/TENANT/HASH                  the answer to a request that may be repeated
 audit/MILLISECONDS-ID             who did what
+store/id, store/unfinished        which store this is, and that a copy into it has not ended; no copy takes them along
 """
 
 from __future__ import annotations
 
 EVERYONE = "*"
+STORE_ID = "store/id"
+UNFINISHED = "store/unfinished"
 
 
 def name(tenant: str, name: str = "") -> str:

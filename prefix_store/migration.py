@@ -7,11 +7,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from prefix_store import identity
 from prefix_store.backends.base import Transaction, to_json, walk
 from prefix_store.errors import Conflict, StoreCorrupt
 from prefix_store.store import Store
 
-# the first part of every key; a name comes after its versions, for whoever opens a copy that was cut off
+# the first part of every key that is copied
 FOLDERS = (
     "version", "name", "retired", "expiry", "shared", "tombstone", "blob", "job", "jobs", "queued", "running", "event",
     "tenant", "usage", "key", "once", "audit",
@@ -22,11 +23,12 @@ BATCH = 200
 def migrate(source: Store, target: Store, say: Callable[[str], None]) -> int:
     """Copies blobs, then records, and compares both; returns how many records.
 
-    Nothing may write to either meanwhile. Interrupted, it is done again from the start, into the same target.
-    Raises Conflict if the target has records that the source has not, StoreCorrupt for a blob that is damaged or
-    records that differ in the end.
+    Nothing may write to either meanwhile. Interrupted, it is done again from the start, into the same target, which
+    nobody can open until it is whole. Raises Conflict if the target is the source or has records that the source has
+    not, StoreCorrupt for a blob that is damaged or records that differ in the end.
     """
     _check_target(source, target)
+    identity.mark_unfinished(target.backend, unfinished=True)
     digests = sorted(_referenced(source))
     for number, digest in enumerate(digests, start=1):
         target.blobs.put(source.blobs.read(digest))
@@ -40,6 +42,7 @@ def migrate(source: Store, target: Store, say: Callable[[str], None]) -> int:
         target.blobs.read(digest)
     if fingerprint(source) != fingerprint(target):
         raise StoreCorrupt("the copy differs from its source; did something write to either meanwhile?")
+    identity.mark_unfinished(target.backend, unfinished=False)
     return copied
 
 
@@ -53,6 +56,8 @@ def fingerprint(store: Store) -> str:
 
 
 def _check_target(source: Store, target: Store) -> None:
+    if identity.store_id(source.backend) == identity.store_id(target.backend):
+        raise Conflict("both addresses are of one store")
     for folder in FOLDERS:
         after = ""
         while page := _page(target, folder, after):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from prefix_store import collection
+from prefix_store import collection, identity
 from prefix_store.answers import Answers
 from prefix_store.audit import AuditLog
 from prefix_store.backends.base import Backend, Blobs
@@ -36,21 +36,38 @@ class Store:
 
     @classmethod
     def open(
-        cls, url: str, blobs: str | None = None, clock: Callable[[], float] | None = None, *, create: bool = True
+        cls,
+        url: str,
+        blobs: str | None = None,
+        clock: Callable[[], float] | None = None,
+        *,
+        create: bool = True,
+        unfinished: bool = False,
     ) -> Store:
         """Opens a store, or creates it unless there must be one. Raises StoreUnavailable, with what is supported.
 
         `url`: `sqlite:///relative` or `sqlite:////absolute`, readable by its owner only, or `redis://host:port/0`,
         which Valkey answers too. `blobs`: `file:///folder`, or `redis` to keep them in the same server; by default the
-        folder `blobs` beside the SQLite file, or `redis`. `clock` replaces the store's own.
+        folder `blobs` beside the SQLite file, or `redis`. `clock` replaces the store's own. `unfinished`: also what
+        is the copy of another store, cut off half-way.
         """
+        path = None
         if url.startswith(REDIS_SCHEMES):
-            return cls(_redis(url, clock), _blobs(blobs or "redis", url))
-        path = Path(_after("sqlite:///", url, "store", f"sqlite:///path or {REDIS_SCHEMES[0]}host:port/0"))
-        if not create and not path.is_file():
-            raise StoreUnavailable(f"there is no store at {path}; ANTEFIX_STORE says where it is")
-        backend = SqliteBackend(path, clock or time.time)  # first, for it makes the folder, and for its owner only
-        return cls(backend, _blobs(blobs, url) if blobs else FolderBlobs((path.parent / "blobs").absolute()))
+            backend = _redis(url, clock)
+        else:
+            path = Path(_after("sqlite:///", url, "store", f"sqlite:///path or {REDIS_SCHEMES[0]}host:port/0"))
+            if not create and not path.is_file():
+                raise StoreUnavailable(f"there is no store at {path}; ANTEFIX_STORE says where it is")
+            backend = SqliteBackend(path, clock or time.time)  # makes the folder, for its owner only
+        try:
+            if identity.is_unfinished(backend) and not unfinished:
+                raise StoreUnavailable("this store is a copy that was cut off; do `antefix store migrate` again")
+            kept = _blobs(blobs, url, path)
+            kept.claim(identity.store_id(backend), path.absolute() if path is not None else None)
+        except BaseException:
+            backend.close()
+            raise
+        return cls(backend, kept)
 
     def ping(self) -> None:
         """Raises StoreUnavailable unless records and blobs can be reached."""
@@ -80,11 +97,13 @@ def _redis(url: str, clock: Callable[[], float] | None) -> Backend:
     return RedisBackend(url, clock)
 
 
-def _blobs(where: str, store: str) -> Blobs:
-    if where != "redis":
-        expected = "file:///folder" + (" or redis" if store.startswith(REDIS_SCHEMES) else "")
+def _blobs(where: str | None, store: str, path: Path | None) -> Blobs:
+    if where is None and path is not None:
+        return FolderBlobs((path.parent / "blobs").absolute())
+    if where is not None and where != "redis":
+        expected = "file:///folder" + (" or redis" if path is None else "")
         return FolderBlobs(Path("/", _after("file:///", where, "blobs", expected)))
-    if not store.startswith(REDIS_SCHEMES):
+    if path is not None:
         raise StoreUnavailable("blobs address: redis keeps blobs in the store's own Redis, and the store is not one")
     from prefix_store.backends.redis_blobs import RedisBlobs
 

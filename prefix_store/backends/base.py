@@ -75,6 +75,9 @@ class Backend(Protocol):
 class Blobs(Protocol):
     """Bytes kept under their sha256. A blob is whole or absent, whenever the power goes. Safe to share."""
 
+    def claim(self, store_id: str, records: Path | None) -> None:
+        """Makes sure that only this store uses them; `records`: its file, if it is one. Raises StoreUnavailable."""
+
     def put(self, data: bytes) -> str:
         """Keeps the bytes durably and returns their digest. Raises StoreUnavailable, PayloadTooLarge."""
 

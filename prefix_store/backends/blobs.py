@@ -5,61 +5,69 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import re
-import time
-import uuid
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
+from prefix_store.backends.spool import Spool, storage
 from prefix_store.errors import StoreCorrupt, StoreUnavailable
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-# What a writer leaves in the temporary folder is rubbish after this: none takes so long.
-ABANDONED_SECONDS = 3600.0
 
 
 class FolderBlobs:
     """`sha256/ab/<digest>` under `root`. Any number of threads and processes of one host may share a root."""
 
-    def __init__(self, root: Path, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, root: Path) -> None:
         self.root = root
-        self._clock = clock
-        self._blobs, self._temporary = root / "sha256", root / "tmp"
-        with _storage():
-            for folder in (root, self._blobs, self._temporary):
+        self._blobs = root / "sha256"
+        with storage():
+            for folder in (root, self._blobs):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._spool = Spool(root / "tmp")
+
+    def claim(self, store_id: str, records: Path | None) -> None:
+        """See `Blobs`. The folder's file `owner` says whose it is; a folder without one is taken."""
+        owner = self.root / "owner"
+        with storage(), self._lock(fcntl.LOCK_EX):
+            held = json.loads(owner.read_text()) if owner.exists() else None
+            folder = self.root.stat().st_ino  # a copy of the folder has another
+            if held is not None:
+                _check_owner(held, store_id, records, self.root, copied=held["folder"] != folder)
+            mine = {"store": store_id, "records": str(records) if records is not None else None, "folder": folder}
+            if held != mine:
+                with self._spool.file() as path:
+                    path.write_text(json.dumps(mine))
+                    _sync(path)
+                    os.replace(path, owner)
+                _sync(self.root)
 
     def put(self, data: bytes) -> str:
         """See `Blobs`."""
         digest = hashlib.sha256(data).hexdigest()
         with self.spool() as path:
-            with _storage():
+            with storage():
                 path.write_bytes(data)
             self.put_file(path, digest)
         return digest
 
-    @contextlib.contextmanager
-    def spool(self) -> Iterator[Path]:
+    def spool(self) -> AbstractContextManager[Path]:
         """See `Blobs`."""
-        path = self._temporary / uuid.uuid4().hex
-        with _storage():
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-        try:
-            yield path
-        finally:
-            with _storage():
-                path.unlink(missing_ok=True)
+        return self._spool.file()
 
     def put_file(self, path: Path, digest: str) -> None:
         """See `Blobs`."""
-        with _storage():
+        with storage():
             _sync(path)
             self._place(path, self._path(digest))
 
     def read(self, digest: str) -> bytes:
         """See `Blobs`."""
-        with _storage(), _present(digest):
+        with storage(), _present(digest):
             data = self._path(digest).read_bytes()
         check_digest(digest, hashlib.sha256(data).hexdigest())
         return data
@@ -68,7 +76,7 @@ class FolderBlobs:
     def file(self, digest: str) -> Iterator[Path]:
         """See `Blobs`. It stays readable for whoever has opened it, even if it is removed."""
         path = self._path(digest)
-        with _storage(), _present(digest), path.open("rb") as file:
+        with storage(), _present(digest), path.open("rb") as file:
             check_digest(digest, hashlib.file_digest(file, "sha256").hexdigest())
         try:
             yield path
@@ -79,14 +87,14 @@ class FolderBlobs:
 
     def digests(self) -> Iterator[str]:
         """See `Blobs`."""
-        with _storage():
+        with storage():
             for path in self._blobs.glob("??/*"):
                 if _DIGEST.fullmatch(path.name):
                     yield path.name
 
     def remove_unless(self, digest: str, needed: Callable[[], bool]) -> bool:
         """See `Blobs`. A put waits while this asks."""
-        with _storage(), self._lock(fcntl.LOCK_EX):
+        with storage(), self._lock(fcntl.LOCK_EX):
             if needed():
                 return False
             self._path(digest).unlink(missing_ok=True)
@@ -94,17 +102,11 @@ class FolderBlobs:
 
     def tidy(self) -> None:
         """See `Blobs`."""
-        oldest = self._clock() - ABANDONED_SECONDS
-        with _storage():
-            for path in self._temporary.iterdir():
-                with contextlib.suppress(FileNotFoundError):
-                    if path.is_file() and path.stat().st_mtime < oldest:
-                        path.unlink()
+        self._spool.tidy()
 
     def ping(self) -> None:
-        """Raises StoreUnavailable unless the folder is there."""
-        if not self._temporary.is_dir():
-            raise StoreUnavailable("the blob folder cannot be reached")
+        """See `Blobs`."""
+        self._spool.ping()
 
     def close(self) -> None:
         """See `Blobs`."""
@@ -129,13 +131,19 @@ class FolderBlobs:
             yield
 
 
-@contextlib.contextmanager
-def _storage() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        raise StoreUnavailable(f"the blob folder cannot be used: {error.strerror}{where}") from error
+def _check_owner(held: dict[str, Any], store_id: str, records: Path | None, root: Path, *, copied: bool) -> None:
+    """Raises StoreUnavailable for another store, also for a copy of a file that is still there itself."""
+    if held["store"] != store_id:
+        raise StoreUnavailable(
+            f"the blob folder {root} is another store's ({held['records'] or 'in Redis'}), and each would remove the "
+            "other's files; set ANTEFIX_BLOBS to a folder of its own, or remove this one if that store is gone"
+        )
+    first = Path(held["records"]) if held["records"] is not None else None
+    if not copied and first is not None and records is not None and first.exists() and not first.samefile(records):
+        raise StoreUnavailable(
+            f"{records} is a copy of {first}, whose blob folder is {root}, and each would remove the other's files; "
+            "copy the folder as well and set ANTEFIX_BLOBS to the copy, or use `antefix store migrate`"
+        )
 
 
 @contextlib.contextmanager

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -15,6 +16,7 @@ import redis
 
 from prefix_store.backends.blobs import check_digest
 from prefix_store.backends.redis_client import BLOB, BLOBS, CHUNK, INDEX, answering, connect
+from prefix_store.backends.spool import Spool
 from prefix_store.errors import PayloadTooLarge, StoreCorrupt
 
 MB = 1 << 20
@@ -25,10 +27,17 @@ REMOVE_ATTEMPTS = 10
 
 
 class RedisBlobs:
-    """Every blob in chunks; its size is written after them and removed before them."""
+    """Every blob in chunks; its size is written after them and removed before them.
+
+    Files on their way lie in the machine's temporary folder, for there may be no other.
+    """
 
     def __init__(self, url: str) -> None:
         self._client = connect(url)
+        self._spool = Spool(Path(tempfile.gettempdir(), f"antefix-{os.geteuid()}"))
+
+    def claim(self, store_id: str, records: Path | None) -> None:
+        """See `Blobs`. They lie beside the store's records."""
 
     def put(self, data: bytes) -> str:
         """See `Blobs`."""
@@ -36,11 +45,9 @@ class RedisBlobs:
         self._put(BytesIO(data), len(data), digest)
         return digest
 
-    @contextmanager
-    def spool(self) -> Iterator[Path]:
-        """See `Blobs`. In the temporary folder of the machine, for there may be no other; who clears that clears it."""
-        with tempfile.NamedTemporaryFile(prefix="antefix-") as file:
-            yield Path(file.name)
+    def spool(self) -> AbstractContextManager[Path]:
+        """See `Blobs`."""
+        return self._spool.file()
 
     def put_file(self, path: Path, digest: str) -> None:
         """See `Blobs`."""
@@ -54,8 +61,7 @@ class RedisBlobs:
     @contextmanager
     def file(self, digest: str) -> Iterator[Path]:
         """See `Blobs`. A copy that is gone afterwards."""
-        with tempfile.TemporaryDirectory(prefix="antefix-") as folder:
-            path = Path(folder, digest)
+        with self._spool.file() as path:
             with path.open("wb") as copy:
                 for chunk in self._chunks(digest):
                     copy.write(chunk)
@@ -87,7 +93,8 @@ class RedisBlobs:
         return False
 
     def tidy(self) -> None:
-        """Nothing to do: `digests` names what was left behind too."""
+        """See `Blobs`. What was left behind in Redis is among `digests`."""
+        self._spool.tidy()
 
     def ping(self) -> None:
         """See `Blobs`."""

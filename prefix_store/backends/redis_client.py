@@ -14,7 +14,6 @@ from redis.retry import Retry
 
 from prefix_store.errors import StoreUnavailable
 
-SCHEMES = ("redis", "rediss", "unix")
 # every key of ours
 RECORDS = "antefix:records"  # hash: a record's key -> its JSON
 INDEX = "antefix:index"  # sorted set, all scores 0: the records' keys in order
@@ -31,6 +30,7 @@ WRITING = ("aof_rewrite_in_progress", "aof_rewrite_scheduled", "rdb_bgsave_in_pr
 def connect(url: str) -> redis.Redis:
     """A client whose replies are bytes. Nothing is sent yet. Raises StoreUnavailable for an address of no use."""
     try:
+        _check_database(url)
         client = redis.Redis.from_url(
             url,
             socket_timeout=TIMEOUT_SECONDS,
@@ -45,9 +45,11 @@ def connect(url: str) -> redis.Redis:
     return client
 
 
-def is_redis(url: str) -> bool:
-    """Whether the address is one of Redis."""
-    return urlsplit(url).scheme in SCHEMES
+def _check_database(url: str) -> None:
+    """Raises ValueError for a path that is no number, which the client would take for database 0."""
+    parts = urlsplit(url)
+    if parts.scheme != "unix" and parts.path not in ("", "/"):
+        int(parts.path.removeprefix("/"))
 
 
 @contextmanager

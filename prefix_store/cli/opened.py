@@ -24,12 +24,12 @@ def opened(*, create: bool = False) -> Iterator[Store]:
 
 
 @contextmanager
-def store_at(address: str, blobs: str | None, *, create: bool) -> Iterator[Store]:
+def store_at(address: str, blobs: str | None, *, create: bool, unfinished: bool = False) -> Iterator[Store]:
     """A store at an address. Unless it may be created there must be one: an empty one answers no question."""
     from prefix_store.store import Store  # imports torch, which takes seconds
 
     try:
-        store = Store.open(address, blobs, create=create)
+        store = Store.open(address, blobs, create=create, unfinished=unfinished)
         try:
             yield store
         finally:

@@ -32,7 +32,10 @@ def migrate(
     """Copy a whole store, SQLite or Redis, into another and compare the two. Stop servers and workers first."""
     from prefix_store.migration import migrate as copy
 
-    with store_at(source, source_blobs, create=False) as old, store_at(target, target_blobs, create=True) as new:
+    with (
+        store_at(source, source_blobs, create=False) as old,
+        store_at(target, target_blobs, create=True, unfinished=True) as new,
+    ):
         copied = copy(old, new, lambda line: typer.echo(line, err=True))
     typer.echo(f"copied {counted(copied, 'record')}; both are the same")
 

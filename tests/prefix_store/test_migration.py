@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefix_store.errors import Conflict, PrefixNotFound, StoreCorrupt
+from prefix_store.errors import Conflict, PrefixNotFound, StoreCorrupt, StoreUnavailable
 from prefix_store.migration import FOLDERS, fingerprint, migrate
 from prefix_store.prefix import PrefixRef
 from prefix_store.store import Store
@@ -58,6 +58,14 @@ def test_there_and_back_everything_is_as_it_was(source, target, tmp_path, clock)
     back.close()
 
 
+def test_a_store_is_no_copy_of_itself(tmp_path, source):
+    fill(source)
+    again = Store.open(f"sqlite:///{tmp_path}/source/../source/store.db")
+    with pytest.raises(Conflict, match="one store"):
+        migrate(source, again, lambda line: None)
+    again.close()
+
+
 def test_a_store_with_something_else_in_it_is_no_target(source, target):
     fill(source)
     publish(target.backend, "mine")
@@ -66,7 +74,7 @@ def test_a_store_with_something_else_in_it_is_no_target(source, target):
     assert invariants.records(target.backend)["name"].keys() == {"acme/mine"}
 
 
-def test_cut_off_it_is_done_again_into_the_same_target(source, target, monkeypatch):
+def test_cut_off_it_is_done_again_into_the_same_target(source, target, url, monkeypatch):
     fill(source)
     write, left = target.backend.write, [4]
 
@@ -80,8 +88,11 @@ def test_cut_off_it_is_done_again_into_the_same_target(source, target, monkeypat
     with pytest.raises(KeyboardInterrupt):
         migrate(source, target, lambda line: None)
     monkeypatch.undo()
+    with pytest.raises(StoreUnavailable, match="cut off"):
+        Store.open(url)
     migrate(source, target, lambda line: None)
     assert fingerprint(source) == fingerprint(target)
+    Store.open(url).close()
 
 
 def test_a_damaged_blob_stops_it(source, target):

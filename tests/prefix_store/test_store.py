@@ -1,3 +1,6 @@
+import shutil
+import sqlite3
+
 import pytest
 
 from prefix_store.backends.blobs import FolderBlobs
@@ -41,6 +44,59 @@ def test_a_redis_store_may_keep_its_blobs_in_a_folder(kind, servers, tmp_path):
     assert [path.name for path in (tmp_path / "blobs" / "sha256").glob("*/*")] == [version.digest]
     assert not list(store.backend._client.scan_iter("antefix:blob*"))
     assert store.collect() == 0
+    store.close()
+
+
+def test_a_blob_folder_serves_one_store(tmp_path):
+    store = open_in(tmp_path / "one", blobs=f"file://{tmp_path}/blobs")
+    version = save(store)
+    with pytest.raises(StoreUnavailable, match=r"another store.s .*one/store.db"):
+        open_in(tmp_path / "two", blobs=f"file://{tmp_path}/blobs")
+    store.close()
+    store = open_in(tmp_path / "one", blobs=f"file://{tmp_path}/blobs")
+    assert store.prefixes.read(version)
+    store.close()
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_a_blob_folder_serves_one_redis(kind, servers, tmp_path):
+    url = servers(kind).url
+    Store.open(url, blobs=f"file://{tmp_path}/blobs").close()
+    with pytest.raises(StoreUnavailable, match="another store's"):
+        open_in(tmp_path, blobs=f"file://{tmp_path}/blobs")
+    with pytest.raises(StoreUnavailable, match="in Redis"):
+        open_in(tmp_path)
+    Store.open(url, blobs=f"file://{tmp_path}/blobs").close()
+
+
+def test_a_copy_of_a_store_needs_a_copy_of_its_blobs(tmp_path):
+    original = open_in(tmp_path)
+    version = save(original)
+    with sqlite3.connect(tmp_path / "store.db") as source, sqlite3.connect(tmp_path / "copy.db") as target:
+        source.backup(target)
+    with pytest.raises(StoreUnavailable, match=r"copy.db is a copy of .*store.db"):
+        Store.open(f"sqlite:///{tmp_path}/copy.db")
+    shutil.copytree(tmp_path / "blobs", tmp_path / "copied")
+    copy = Store.open(f"sqlite:///{tmp_path}/copy.db", blobs=f"file://{tmp_path}/copied")
+    copy.prefixes.delete(version.ref)
+    copy.close()
+    assert original.prefixes.read(version)
+    original.close()
+
+
+def test_a_store_may_be_moved_and_restored(tmp_path):
+    store = open_in(tmp_path / "here")
+    version = save(store)
+    store.close()
+    shutil.copytree(tmp_path / "here", tmp_path / "backup")
+    (tmp_path / "here").rename(tmp_path / "there")
+    for folder in ("there", "backup"):
+        store = open_in(tmp_path / folder)
+        assert store.prefixes.read(version)
+        store.close()
+    (tmp_path / "there" / "store.db").rename(tmp_path / "there" / "renamed.db")
+    store = Store.open(f"sqlite:///{tmp_path}/there/renamed.db")
+    assert store.prefixes.read(version)
     store.close()
 
 

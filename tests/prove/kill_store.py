@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prefix_store.backends.blobs import ABANDONED_SECONDS, FolderBlobs
+from prefix_store.backends.blobs import FolderBlobs
 from prefix_store.errors import AntefixError
 from prefix_store.store import Store
 from tests.bench.progress import say
@@ -176,8 +176,6 @@ def _round(
 def _bury(where: Place, ledger: Ledger) -> None:
     """Hours later: nothing is held, and the blobs are those that records name."""
     later = Store.open(where.url, clock=lambda: time.time() + HOLDING + HOUR)
-    if isinstance(later.blobs, FolderBlobs):
-        later.blobs = FolderBlobs(later.blobs.root, clock=lambda: time.time() + ABANDONED_SECONDS + HOUR)
     later.collect()
     ledger.check(later)
     named = {key.partition("/")[0] for key in invariants.records(later.backend)["blob"]}

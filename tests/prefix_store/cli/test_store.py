@@ -78,10 +78,10 @@ def test_a_store_moves_and_is_the_same(antefix: Antefix, tmp_path: Path, store: 
     result = antefix("store", "migrate", source, target, "--target-blobs", f"file://{tmp_path}/files")
     assert result.stdout.endswith("; both are the same\n")
     assert (tmp_path / "files" / "sha256" / digest[:2] / digest).is_file()
-    other = Store.open(f"sqlite:///{tmp_path}/other.db")
+    other = Store.open(f"sqlite:///{tmp_path}/other/store.db")
     save(other, "foreign")
     other.close()
-    assert "is not empty" in antefix("store", "migrate", source, f"sqlite:///{tmp_path}/other.db").stderr
+    assert "is not empty" in antefix("store", "migrate", source, f"sqlite:///{tmp_path}/other/store.db").stderr
     missing = antefix("store", "migrate", f"sqlite:///{tmp_path}/typo.db", target)
     assert "there is no store at" in missing.stderr
     assert not (tmp_path / "typo.db").exists()
