@@ -20,6 +20,8 @@ def main() -> None:
     torch.set_num_threads(2)
     measured = proof.run()
     path = results.write(proof.SECTION, measured)
+    if hasattr(proof, "plot"):
+        proof.plot(measured)
     print(f"\n{proof.table(measured)}\n\nwritten to {path}")
     print(json.dumps(measured))
     if missed := proof.missed(measured):

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from tests.prove import concurrent_store, inspect, kill_store, model, prefixes, soak, store_costs, tables
+from tests.prove import concurrent_store, inspect, kill_store, model, prefixes, soak, store_costs, tables, users
 
 PROOFS: dict[str, ModuleType] = {
     proof.SECTION: proof
-    for proof in (model, prefixes, tables, inspect, soak, concurrent_store, kill_store, store_costs)
+    for proof in (model, prefixes, tables, inspect, soak, concurrent_store, kill_store, store_costs, users)
 }
