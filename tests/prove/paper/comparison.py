@@ -1,0 +1,143 @@
+"""The comparison of Li & Liang (2021): every way to teach the bundled model a task, on E2E and WebNLG.
+
+Every arm has the same rows, steps and looks at the dev rows; the learning rate is the best of three by dev loss, then
+three seeds are scored on the same 200 inputs. Arm by arm it is kept, and goes on where it was cut off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tests.prove.bundled import load
+from tests.prove.paper import baselines
+from tests.prove.paper.runs import RATES, VIRTUAL_TOKENS
+from tests.prove.paper.tasks import Task
+
+SECTION = "paper"
+STEPS, FEW_STEPS, SEEDS = 1500, 400, (0, 1, 2)
+KEPT = Path("~/.cache/antefix/prove/paper").expanduser()
+TASKS = (Task("e2e"), Task("webnlg"))
+FEW = tuple(Task("e2e", few) for few in (50, 100, 200, 500))
+UNSEEN = Task("webnlg", unseen=True)
+FEW_ARMS = ("fine-tuning", "PEFT prefix", "prefix")
+UNSEEN_ARMS = ("fine-tuning", "adapters 3 %", "adapters 0.1 %", "prefix")
+WRITTEN = ("instruction", "shots 1", "shots 4", "shots 8")
+RUN = ("seed", "steps")  # numbers that say which run it is
+COLUMNS = (
+    "BLEU", "ROUGE-L", "chrF", "dev loss", "trainable", "KB a task", "s an epoch", "peak MB", "tokens/s written"
+)  # fmt: skip
+
+
+def arms() -> dict[str, tuple[float, ...]]:
+    """Every trained arm and the learning rates that are tried for it."""
+    return {name: arm.rates for name, arm in baselines.baselines(VIRTUAL_TOKENS).items()} | RATES
+
+
+def run() -> dict[str, Any]:
+    """Everything, or what is not there yet."""
+    plan = [(task, name, STEPS) for task in TASKS for name in arms()]
+    plan += [(task, name, FEW_STEPS) for task in FEW for name in FEW_ARMS]
+    plan += [(UNSEEN, name, STEPS) for name in UNSEEN_ARMS]
+    measured: dict[str, Any] = {}
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as bar:
+        shown = bar.add_task("paper", total=len(plan) + len(TASKS) * len(WRITTEN))
+        for task in TASKS:
+            for name in WRITTEN:
+                bar.update(shown, description=f"{task.label}: {name}")
+                seeds = SEEDS if name.startswith("shots") else (0,)
+                measured.setdefault(task.label, {})[name] = mean([_run(task, name, 0.0, seed, 0) for seed in seeds])
+                bar.advance(shown)
+        for task, name, steps in plan:
+            bar.update(shown, description=f"{task.label}: {name}")
+            measured.setdefault(task.label, {})[name] = _arm(task, name, steps)
+            bar.advance(shown)
+    return {"parameters": sum(p.numel() for p in load().model.parameters()), "tasks": measured}
+
+
+def missed(measured: dict[str, Any]) -> list[str]:
+    """The goals that were not reached, beyond what the seeds scatter."""
+    lines = []
+    for task in TASKS:
+        found = measured["tasks"][task.label]
+        ours = max((found[name] for name in ("prefix", "prefix_mlp")), key=lambda arm: arm["bleu"])
+        peft = max((found[name] for name in ("PEFT prefix", "PEFT prefix, MLP")), key=lambda arm: arm["bleu"])
+        if ours["bleu"] + _error(ours, peft) < peft["bleu"]:
+            lines.append(f"{task.label}: prefix at least PEFT's")
+        plus, lora = found["prefix_plus"], found["LoRA"]
+        if plus["bleu"] + _error(plus, lora) < 0.98 * lora["bleu"]:
+            lines.append(f"{task.label}: prefix_plus at least 0.98 of LoRA")
+    unseen = measured["tasks"][UNSEEN.label]
+    if unseen["prefix"]["bleu"] <= unseen["fine-tuning"]["bleu"]:
+        lines.append("prefix above fine-tuning on unseen topics")
+    return lines
+
+
+def table(measured: dict[str, Any]) -> str:
+    """One table a task; means over seeds, and what they scatter."""
+    return "\n\n".join(_table(name, arms_of, measured["parameters"]) for name, arms_of in measured["tasks"].items())
+
+
+def mean(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What runs of several seeds have in common: means, and the standard error of BLEU."""
+    numbers = [name for name, value in runs[0].items() if isinstance(value, (int, float)) and name not in RUN]
+    found = {name: statistics.fmean(run[name] for run in runs) for name in numbers}
+    spread = statistics.stdev(run["bleu"] for run in runs) if len(runs) > 1 else 0.0
+    return {**found, "bleu_error": spread / len(runs) ** 0.5, "seeds": len(runs), "samples": runs[0]["samples"]}
+
+
+def _arm(task: Task, name: str, steps: int) -> dict[str, Any]:
+    tried = {rate: _run(task, name, rate, SEEDS[0], steps) for rate in arms()[name]}
+    rate = min(tried, key=lambda rate: tried[rate]["loss"])
+    return mean([tried[rate], *(_run(task, name, rate, seed, steps) for seed in SEEDS[1:])])
+
+
+def _run(task: Task, arm: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
+    what = {"task": vars(task), "arm": arm, "rate": rate, "seed": seed, "steps": steps}
+    name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+    path = KEPT / load_digest() / f"{task.label}-{arm.replace(' ', '_')}-{name}.json"
+    if not path.exists():
+        command = [sys.executable, "-m", "tests.prove.paper.runs", json.dumps(what)]
+        answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".new").write_text(answer.splitlines()[-1])
+        path.with_suffix(".new").replace(path)
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def load_digest() -> str:
+    """Names the model that the kept runs are of."""
+    return load().digest[:12]
+
+
+def _error(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """The standard error of the difference of two means."""
+    return float((one["bleu_error"] ** 2 + other["bleu_error"] ** 2) ** 0.5)
+
+
+def _table(task: str, found: dict[str, Any], parameters: int) -> str:
+    lines = [f"| {' | '.join((task, *COLUMNS))} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name, arm in found.items():
+        cells = [
+            name,
+            f"{arm['bleu']:.1f} ± {arm['bleu_error']:.1f}",
+            f"{arm['rouge_l']:.1f}",
+            f"{arm['chrf']:.1f}",
+            f"{arm['loss']:.3f}" if "loss" in arm else "",
+            f"{100 * arm['trainable'] / parameters:.2f} %",
+            f"{arm['bytes'] / 1000:,.1f}",
+            f"{arm['epoch_seconds']:.0f}" if "epoch_seconds" in arm else "",
+            f"{arm['peak_mb']:.0f}",
+            f"{arm['tokens_per_second']:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
