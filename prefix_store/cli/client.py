@@ -26,11 +26,19 @@ CHUNK = 1 << 16
 DATA = b"data: "
 NOT_ANTEFIX = "the server does not answer as an antefix server"
 LARGEST = (1 << 63) - 1  # of a count; JSON knows numbers that no arithmetic with seconds can hold
-NO_ROUTE = ("route_not_found", "method_not_allowed")
+NO_ROUTE, BUSY = ("route_not_found", "method_not_allowed"), (429, 503)
 
 
 class Failure(Exception):
     """Why a command cannot go on, for people to read. `connect` ends the command with it."""
+
+
+class Busy(Failure):
+    """The server has no room now; it may have in `seconds`."""
+
+    def __init__(self, message: str, seconds: int) -> None:
+        super().__init__(message)
+        self.seconds = seconds
 
 
 class Reply(dict[str, Any]):
@@ -126,7 +134,7 @@ class Client:
             try:
                 if not reply.is_success:
                     reply.read()
-                    raise Failure(self._refusal(reply))
+                    raise _failure(reply, self._refusal(reply))
                 yield reply
             finally:
                 reply.close()
@@ -234,6 +242,11 @@ def _key() -> str:
     if not re.fullmatch(r"[!-~]*", key):
         fail("ANTEFIX_API_KEY must be one key as `antefix key new` prints it: afx_…")
     return key
+
+
+def _failure(reply: httpx.Response, message: str) -> Failure:
+    wait = reply.headers.get("retry-after", "")
+    return Busy(message, min(int(wait), 3600)) if reply.status_code in BUSY and wait.isdigit() else Failure(message)
 
 
 def _lines(reply: httpx.Response) -> Iterator[bytes]:

@@ -2,11 +2,13 @@ import re
 import subprocess
 import sys
 from io import BytesIO, TextIOWrapper
+from pathlib import Path
 
 import pytest
 
 from prefix_store import cli
-from prefix_store.cli import ORDER, build
+from prefix_store.cli import build
+from prefix_store.cli.app import ORDER
 from tests.prefix_store.cli.conftest import Antefix
 
 
@@ -46,3 +48,10 @@ def test_a_letter_that_the_terminal_lacks_and_an_early_ctrl_c_are_no_traceback(m
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert (caught.value.code, written.getvalue()) == (130, b"n?h\n")
+
+
+def test_ctrl_c_while_the_commands_are_loaded_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from prefix_store.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "train"], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
