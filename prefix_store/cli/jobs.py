@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from prefix_store.cli import plot
 from prefix_store.cli.client import connect, fail
 from prefix_store.cli.terminal import printable
 
@@ -21,7 +23,9 @@ class _IdShows(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_IdShows, help="Training jobs: listed if alone; show ID (or just ID), cancel ID.", invoke_without_command=True
+    cls=_IdShows,
+    help="Training jobs: listed if alone; show ID (or just ID), report ID, cancel ID.",
+    invoke_without_command=True,
 )
 JobId = Annotated[str, typer.Argument(metavar="ID", help="ftjob-…, as `antefix jobs` lists them")]
 
@@ -49,6 +53,21 @@ def cancel(job_id: JobId) -> None:
         typer.echo(line(server.post(f"{_path(job_id)}/cancel")))
 
 
+@app.command()
+def report(
+    job_id: JobId,
+    png: Annotated[Path | None, typer.Option(help="Draw the loss curves into this file.")] = None,
+) -> None:
+    """Show how a job went as JSON: curves, what was chosen for it, answers before and after."""
+    if png is not None:
+        plot.check_installed()
+    with connect() as server:
+        found = server.get(f"{_path(job_id)}/report")
+        if png is not None:
+            plot.draw(found, png)
+    typer.echo(json.dumps(found, indent=2))
+
+
 def _path(job_id: str) -> str:
     """Where a job is over HTTP. What can be no id is refused here, for `..` would lead elsewhere."""
     if not re.fullmatch(r"ftjob-[A-Za-z0-9]+", job_id):
@@ -61,7 +80,7 @@ def line(job: dict[str, Any]) -> str:
     progress = job["progress"]
     parts = [job["id"], job["prefix_id"], job["status"]]
     if progress.get("step"):
-        parts.append(f"step {progress['step']} of {job['options']['steps']}")
+        parts.append(f"step {progress['step']} of {progress.get('total_steps') or job['options']['steps']}")
     if job["version"]:
         parts.append(f"{job['prefix_id']}@{job['version']}")
     if job["error"]:

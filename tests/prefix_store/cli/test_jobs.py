@@ -39,6 +39,21 @@ def test_a_running_job_shows_its_step(antefix: Antefix, running: Running, tmp_pa
     claimed = running.store.jobs.claim("worker", 60)
     assert claimed is not None
     assert claimed.id == job_id
-    running.store.jobs.heartbeat(claimed, 60, {"step": 3})
+    running.store.jobs.heartbeat(claimed, 60, {"step": 3, "total_steps": 200})
     assert f"{job_id}\tsums\trunning\tstep 3 of 200" in antefix("jobs").stdout
     assert antefix("jobs", "cancel", job_id).stdout.endswith("\tcancelling\n")
+
+
+def test_a_report_is_shown_and_drawn(antefix: Antefix, running: Running, tmp_path: Path) -> None:
+    job_id = queue(antefix, tmp_path)
+    claimed = None
+    while claimed is None or claimed.id != job_id:
+        claimed = running.store.jobs.claim("worker", 60)
+        assert claimed is not None
+    point = {"step": 1, "train_loss": 2.0, "valid_loss": 1.5, "learning_rate": 0.1}
+    running.store.jobs.add_event(claimed, "metrics", point)
+    result = antefix("jobs", "report", job_id, "--png", tmp_path / "a.png")
+    assert json.loads(result.stdout)["best"]["valid_loss"] == 1.5
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert antefix("jobs", "report", "ftjob-none").exit_code == 1
+    antefix("jobs", "cancel", job_id)
