@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import secrets
 import string
 from collections import Counter
@@ -14,10 +13,12 @@ from typing import Any
 from prefix_store import audit, holds, job_records, layout
 from prefix_store.backends.base import Backend, Blobs, Transaction
 from prefix_store.codec import digest_of
-from prefix_store.errors import InvalidRequest, InvalidTrainingData
+from prefix_store.errors import InvalidRequest
+from prefix_store.examples import VALIDATION, Example, from_jsonl, to_jsonl
 from prefix_store.job_queue import JobQueue
 from prefix_store.jobs import (
     BUILT_IN_METHODS,
+    CHOSEN_BY_DATA,
     TRAINABLE_OBJECTIVES,
     JobEvent,
     JobStatus,
@@ -27,8 +28,8 @@ from prefix_store.jobs import (
 )
 from prefix_store.prefix import check_name
 
-EXAMPLE_FIELDS = ("prompt", "completion")
-OPTIONS = frozenset(field.name for field in dataclasses.fields(TrainingSpec)) - {"data_digest", "examples"}
+NO_OPTIONS = {"data_digest", "examples", "validation_examples", "unset"}
+OPTIONS = frozenset(field.name for field in dataclasses.fields(TrainingSpec)) - NO_OPTIONS
 LAST_EVENT = 10**9 - 1
 _ID_ALPHABET = string.ascii_letters + string.digits
 
@@ -44,22 +45,24 @@ class JobStore(JobQueue):
         self,
         tenant: str,
         name: str,
-        examples: Sequence[Mapping[str, str]],
+        examples: Sequence[Mapping[str, Any]],
         options: Mapping[str, Any],
         methods: Sequence[str] = BUILT_IN_METHODS,
         by: str = audit.LOCAL,
         also: Callable[[Transaction, TrainingJob], None] | None = None,
+        validation: Sequence[Mapping[str, Any]] = (),
     ) -> TrainingJob:
-        """Queues the training of `tenant/name` on examples of `prompt` and `completion`.
+        """Queues the training of `tenant/name` on examples of any of the shapes in examples.py.
 
         `options`: fields of TrainingSpec. `methods`: the names that its `method` may have. `also` is done in the
-        transaction that queues. Raises InvalidName, InvalidTrainingData with the line, InvalidRequest with the field,
-        QuotaExceeded, and what `also` raises.
+        transaction that queues. `validation`: examples to judge by; none sets some of the others aside. Raises
+        InvalidName, InvalidTrainingData with the line, InvalidRequest with the field, QuotaExceeded, and what `also`
+        raises.
         """
         check_name(tenant, "tenant")
         check_name(name)
-        data = b"".join(_line(number, example) for number, example in enumerate(examples, start=1))
-        spec = _spec(digest_of(data), len(examples), options, methods)
+        data = to_jsonl(examples) + to_jsonl(validation, VALIDATION)
+        spec = _spec(digest_of(data), len(examples), len(validation), options, methods)
         with holds.held(self._backend, tenant, spec.data_digest) as hold:
             self._blobs.put(data)
             return self._backend.write(partial(_enqueue, _new_id(), tenant, name, spec, by, hold, also))
@@ -99,10 +102,16 @@ class JobStore(JobQueue):
             page = view.scan(layout.event(job_id), after=first, limit=limit)
         return [JobEvent(**data) for _, data in page]
 
-    def examples(self, job: TrainingJob) -> list[dict[str, str]]:
+    def examples(self, job: TrainingJob) -> list[Example]:
         """What the job trains on. Raises StoreCorrupt unless the stored bytes match the digest."""
-        lines = self._blobs.read(job.spec.data_digest).split(b"\n")[:-1]
-        return [json.loads(line) for line in lines]
+        return self._stored(job)[: job.spec.examples]
+
+    def validation_examples(self, job: TrainingJob) -> list[Example]:
+        """What the job is judged by, if it came with any. Raises what `examples` raises."""
+        return self._stored(job)[job.spec.examples :]
+
+    def _stored(self, job: TrainingJob) -> list[Example]:
+        return from_jsonl(self._blobs.read(job.spec.data_digest))
 
 
 def _enqueue(
@@ -124,19 +133,9 @@ def _enqueue(
     return job
 
 
-def _line(number: int, example: Mapping[str, str]) -> bytes:
-    if set(example) != set(EXAMPLE_FIELDS) or not all(isinstance(text, str) for text in example.values()):
-        raise InvalidTrainingData(f"line {number}: expected the texts prompt and completion", param="examples")
-    if not example["completion"]:
-        raise InvalidTrainingData(f"line {number}: the completion is empty", param="examples")
-    ordered = {field: example[field] for field in EXAMPLE_FIELDS}
-    try:
-        return json.dumps(ordered, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-    except UnicodeEncodeError:
-        raise InvalidTrainingData(f"line {number}: not valid Unicode", param="examples") from None
-
-
-def _spec(data_digest: str, examples: int, options: Mapping[str, Any], methods: Sequence[str]) -> TrainingSpec:
+def _spec(
+    data_digest: str, examples: int, validation: int, options: Mapping[str, Any], methods: Sequence[str]
+) -> TrainingSpec:
     for name in options:
         if name not in OPTIONS:
             raise InvalidRequest(f"unknown training option {name[:40]!r}", param=name[:40])
@@ -145,7 +144,9 @@ def _spec(data_digest: str, examples: int, options: Mapping[str, Any], methods: 
             asked = str(options[name])[:40]
             raise InvalidRequest(f"{name} {asked!r} cannot be trained; what can: {', '.join(able)}", param=name)
     objective = Objective(options.get("objective", TrainingSpec.objective))
-    return TrainingSpec(data_digest, examples, **{**options, "objective": objective})
+    unset = tuple(name for name in CHOSEN_BY_DATA if name not in options)
+    chosen = {**options, "objective": objective, "validation_examples": validation, "unset": unset}
+    return TrainingSpec(data_digest, examples, **chosen)
 
 
 def _new_id() -> str:

@@ -53,6 +53,8 @@ class Objective(StrEnum):
 # What a worker can do; anything else is refused when it is submitted, not after it has waited.
 BUILT_IN_METHODS = ("prefix", "prompt")
 TRAINABLE_OBJECTIVES = (Objective.LM,)
+# The options that a worker chooses by the data, where nobody has.
+CHOSEN_BY_DATA = ("virtual_tokens", "steps", "batch_size", "max_length")
 METHOD_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 
@@ -75,7 +77,7 @@ def method_files(setting: str) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """What to train. `data_digest` names the examples' blob (JSONL of prompt and completion).
+    """What to train. `data_digest` names the examples' blob (JSONL, see examples.py).
 
     `method` names how the prefix is tuned, which is not what its file holds (`prefix.Method`). `steps` optimiser steps
     of `batch_size` examples; an example longer than `max_length` tokens loses its prompt's beginning first.
@@ -83,7 +85,10 @@ class TrainingSpec:
     the input embeddings, and so means the same on every model: 0.02 to 0.4 learn with prefix and 0.1 to 1 with prompt,
     more where the text is unlike what the model writes. `template`: text with one `{prompt}`, in which prompts stand
     here and when the prefix is served. `base_digest`: the model that the prefix is wanted for; None trusts whichever
-    the worker has.
+    the worker has. `validation_examples`: how many lines of the blob, behind those to learn from, are to judge by; 0
+    sets some of the others aside. `chat_template`: what messages are written by; None is the tokenizer's own. `unset`:
+    options that nobody chose, of CHOSEN_BY_DATA; what stands in them gives way to what the worker finds right for the
+    data.
     """
 
     data_digest: str
@@ -99,6 +104,9 @@ class TrainingSpec:
     template: str | None = None
     seed: int = 0
     base_digest: str | None = None
+    validation_examples: int = 0
+    chat_template: str | None = None
+    unset: tuple[str, ...] = ()
 
     # inclusive bounds of every number a user may set
     LIMITS = {  # noqa: RUF012  (a constant table, not a field)
@@ -134,7 +142,7 @@ class TrainingSpec:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> TrainingSpec:
         """Reads `to_json`'s object."""
-        return cls(**{**data, "objective": Objective(data["objective"])})
+        return cls(**{**data, "objective": Objective(data["objective"]), "unset": tuple(data.get("unset", ()))})
 
 
 @dataclass(frozen=True)

@@ -1,39 +1,44 @@
-"""Examples of prompt and completion, as token ids in batches. Knows nothing of methods, jobs or the store."""
+"""From a job's examples to token ids in batches. Knows nothing of methods, queues or the store."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from prefix_store.errors import InvalidRequest, InvalidTrainingData
-from prefix_store.model import prompt
+from prefix_store.errors import InvalidTrainingData
+from prefix_store.examples import VALIDATION, line_of
+from prefix_store.jobs import TrainingSpec
+from prefix_store.model.example import Example, ExampleEncoder
+from prefix_store.model.frozen import FrozenModel
+from trainer import defaults
 
 IGNORED = -100  # the label of what is not a completion token
 VALID_SHARE, VALID_MOST, VALID_FROM = 0.1, 64, 10
-
-
-@dataclass(frozen=True)
-class Example:
-    """Token ids of a prompt and its completion; the first `prompt_length` (at least 1) are only conditioned on."""
-
-    ids: tuple[int, ...]
-    prompt_length: int
-
-    @property
-    def targets(self) -> Sequence[int]:
-        """The places in `ids` of the tokens that count in the loss, in order, none of them the first."""
-        return range(self.prompt_length, len(self.ids))
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Examples to learn from, and examples to judge by (none where there are too few)."""
+    """Examples to learn from, examples to judge by (none where there are too few), and what a job does with them.
+
+    `spec`: the job's, with the options that nobody chose filled in, which `chosen` names.
+    """
 
     train: list[Example]
     valid: list[Example]
+    spec: TrainingSpec
+    chosen: tuple[str, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """What there is and what was chosen for it, for people to read."""
+        longest = max(len(example.ids) for example in self.train)
+        found = f"training on {len(self.train)} examples of up to {longest} tokens, validating on {len(self.valid)}"
+        options = ", ".join(f"{name} {getattr(self.spec, name)}" for name in self.chosen)
+        return f"{found}; chosen for them: {options}" if options else found
 
 
 @dataclass(frozen=True)
@@ -49,53 +54,65 @@ class Batch:
         return Batch(self.ids.to(device), self.real_mask.to(device), self.labels.to(device))
 
 
+def prepare(
+    frozen: FrozenModel,
+    spec: TrainingSpec,
+    examples: Sequence[Mapping[str, Any]],
+    validation: Sequence[Mapping[str, Any]] = (),
+) -> TrainingData:
+    """Encodes a job's examples as serving would and chooses what the job left open.
+
+    `validation` none sets some of the examples aside. Raises InvalidTrainingData with the line, ChatTemplateMissing,
+    and ContextLengthExceeded where the prefix leaves no room.
+    """
+    asked, encoder = spec, ExampleEncoder(frozen.tokenizer, frozen.end_ids, spec.template, spec.chat_template)
+    room = frozen.context_length
+    lines, judges = encode_lines(encoder, examples, room), encode_lines(encoder, validation, room, VALIDATION)
+    lengths = [len(example.ids) for line in lines + judges for example in line]
+    spec = defaults.fill_room(spec, lengths, frozen.context_length)
+    room = defaults.room_for_text(spec, frozen.context_length)
+    if max(lengths) > room:
+        lines, judges = encode_lines(encoder, examples, room), encode_lines(encoder, validation, room, VALIDATION)
+    learned, judged = (lines, judges) if judges else split(lines, spec.seed)
+    train = [example for line in learned for example in line]
+    spec = defaults.fill_pace(spec, [len(example.ids) for example in train])
+    return TrainingData(train, [example for line in judged for example in line], spec, asked.unset)
+
+
 def tokenize(
     tokenizer: Any, examples: Sequence[Mapping[str, Any]], max_length: int, template: str | None = None
 ) -> list[Example]:
-    """Encodes `{"prompt", "completion"}` objects as serving would, prompts in their template if there is one.
+    """Encodes canonical examples as a job does, one after another, by the tokenizer alone.
 
-    What exceeds `max_length` tokens loses the prompt's beginning (BOS stays) and then the completion's end.
-    Raises InvalidTrainingData with the line, counted from 1.
+    Raises what `encode_lines` raises.
     """
-    return [
-        _tokenize_one(tokenizer, line, example, max_length, template) for line, example in enumerate(examples, start=1)
-    ]
+    ends = frozenset() if tokenizer.eos_token_id is None else frozenset({tokenizer.eos_token_id})
+    encoder = ExampleEncoder(tokenizer, ends, template)
+    return [example for line in encode_lines(encoder, examples, max_length) for example in line]
 
 
-def _tokenize_one(
-    tokenizer: Any, line: int, example: Mapping[str, Any], max_length: int, template: str | None
-) -> Example:
-    for field in ("prompt", "completion"):
-        if not isinstance(example.get(field), str):
-            raise InvalidTrainingData(f"line {line}: {field!r} must be a text", param="examples")
-    if not example["completion"]:
-        raise InvalidTrainingData(f"line {line}: the completion is empty", param="examples")
-    try:
-        start = prompt.encode(tokenizer, prompt.render(example["prompt"], template))
-    except InvalidRequest as error:
-        raise InvalidTrainingData(f"line {line}: {error.message}", param="examples") from None
-    completion = prompt.encode_completion(tokenizer, example["completion"])
-    start = _keep_end(start, max(1, max_length - len(completion)), tokenizer.bos_token_id)
-    return Example(tuple(start + completion)[:max_length], len(start))
+def encode_lines(
+    encoder: ExampleEncoder, examples: Sequence[Mapping[str, Any]], room: int, param: str = "examples"
+) -> list[list[Example]]:
+    """What becomes of each line. Raises InvalidTrainingData with the line, counted from 1, and ChatTemplateMissing."""
+    found = []
+    for line, example in enumerate(examples, start=1):
+        try:
+            found.append(encoder.encode(example, room))
+        except InvalidTrainingData as error:
+            raise InvalidTrainingData(f"{line_of(param)} {line}: {error.message}", param=param) from None
+    return found
 
 
-def _keep_end(ids: list[int], room: int, bos: int | None) -> list[int]:
-    if len(ids) <= room:
-        return ids
-    if ids[0] == bos:
-        return [ids[0], *ids[len(ids) - (room - 1) :]]
-    return ids[-room:]
-
-
-def split(examples: Sequence[Example], seed: int) -> TrainingData:
+def split(examples: Sequence[T], seed: int) -> tuple[list[T], list[T]]:
     """Sets a tenth aside for validation, 1 to 64 examples, the same for the same seed; none of fewer than ten."""
     if len(examples) < VALID_FROM:
-        return TrainingData(list(examples), [])
+        return list(examples), []
     count = min(VALID_MOST, max(1, int(VALID_SHARE * len(examples))))
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     # the order of the file is kept on both sides
     valid = set(order[:count])
-    return TrainingData(
+    return (
         [example for index, example in enumerate(examples) if index not in valid],
         [example for index, example in enumerate(examples) if index in valid],
     )

@@ -8,12 +8,11 @@ from contextlib import suppress
 from functools import partial
 from itertools import chain
 
-from prefix_store.errors import ContextLengthExceeded, InvalidRequest, PrefixMismatch, StoreUnavailable
-from prefix_store.jobs import TrainingSpec
+from prefix_store.errors import InvalidRequest, PrefixMismatch, StoreUnavailable
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import PrefixVersion
 from prefix_store.store import Store
-from trainer import data
+from trainer import data, samples
 from trainer.data import Example
 from trainer.evaluate import nats_per_token
 from trainer.lease import Lease
@@ -21,7 +20,6 @@ from trainer.loop import Fit, Progress, fit, is_due
 from trainer.methods.base import NewMethod, TuningMethod
 
 LINES, POINTS = 10, 100  # a run: lines printed, points of its loss curve
-ROOM_LEAST = 2  # a token to predict from and one to predict
 
 
 class JobRun:
@@ -52,13 +50,11 @@ class JobRun:
                 f"this worker has {self._frozen.digest[:12]}…"
             )
         new_method = find(self._methods, self._spec.method)
-        room = room_for_text(self._spec, self._frozen.context_length)
-        stored = self._store.jobs.examples(self._job)
-        examples = data.tokenize(self._frozen.tokenizer, stored, room, self._spec.template)
-        parts = data.split(examples, self._spec.seed)
-        self._tell(
-            f"training on {len(parts.train)} examples, validating on {len(parts.valid)}, up to {room} tokens an example"
-        )
+        jobs = self._store.jobs
+        validation = jobs.validation_examples(self._job)
+        parts = data.prepare(self._frozen, self._spec, jobs.examples(self._job), validation)
+        self._tell(parts.summary, chosen={name: getattr(parts.spec, name) for name in parts.chosen})
+        self._spec = parts.spec
         text = chain.from_iterable(example.ids for example in parts.train)
         method = new_method(self._frozen, self._spec, text)
         validate = partial(self._validate, method, parts.valid) if parts.valid else None
@@ -66,6 +62,8 @@ class JobRun:
         self._tell(summary(result))
         job, by = self._job, f"worker {self._job.worker}"
         manifest = dataclasses.replace(method.manifest(), template=self._spec.template)
+        shown = samples.make(self._frozen, manifest, result.tensors, parts.valid, self._lease.check)
+        self._add_event("samples", {"samples": shown})
         return self._store.prefixes.save(job.tenant, job.name, manifest, result.tensors, job=job, by=by)
 
     def _validate(self, method: TuningMethod, examples: list[Example]) -> float:
@@ -86,9 +84,9 @@ class JobRun:
         if progress.valid_loss is not None or is_due(progress.step, progress.total_steps, POINTS):
             self._add_event("metrics", self._lease.progress)
 
-    def _tell(self, message: str) -> None:
+    def _tell(self, message: str, **more: object) -> None:
         self._say(f"{self._job.id}: {message}")
-        self._add_event("message", {"message": message})
+        self._add_event("message", {"message": message, **more})
 
     def _add_event(self, kind: str, content: dict[str, object]) -> None:
         # a gap in the history is no reason to end a run
@@ -104,17 +102,6 @@ def find(methods: Mapping[str, NewMethod], name: str) -> NewMethod:
             param="method",
         )
     return methods[name]
-
-
-def room_for_text(spec: TrainingSpec, context_length: int) -> int:
-    """Tokens of an example that fit behind the prefix. Raises ContextLengthExceeded where nothing would."""
-    room = min(spec.max_length, context_length - spec.virtual_tokens)
-    if room < ROOM_LEAST:
-        raise ContextLengthExceeded(
-            f"{spec.virtual_tokens} virtual tokens leave no room in a context of {context_length}",
-            param="virtual_tokens",
-        )
-    return room
 
 
 def line(progress: Progress) -> str:

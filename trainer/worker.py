@@ -99,7 +99,7 @@ class Worker:
 
     def _run(self, lease: Lease) -> str:
         job = lease.job
-        self._say(f"{job.id}: {job.tenant}/{job.name}, attempt {job.attempt}, {job.spec.steps} steps")
+        self._say(f"{job.id}: {job.tenant}/{job.name}, attempt {job.attempt}")
         try:
             version = JobRun(self._store, self._frozen, self._methods, lease, self._say, self._on_step).publish()
         except Cancelled:

@@ -2,49 +2,64 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from prefix_store import examples
 from prefix_store.cli import watch
 from prefix_store.cli.client import Client, checked, connect, fail
 from prefix_store.cli.terminal import clock, printable
+from prefix_store.examples import Example
 
-FIELDS = ("prompt", "completion")
-EXPECTED = '{"prompt": "…", "completion": "…"}'
-KINDS = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "a truth value", type(None): "null"}
+BY_DATA = "Default: chosen by the data."
 
 
 def train(
     name: Annotated[str, typer.Option(help="What the prefix will be called.")],
     data: Annotated[
-        Path, typer.Option(help='JSONL: one {"prompt": …, "completion": …} a line.', exists=True, dir_okay=False)
+        Path, typer.Option(help=f"JSONL, each line one of {examples.EXPECTED}.", exists=True, dir_okay=False)
     ],
-    method: Annotated[str | None, typer.Option(help="How it is tuned: prefix, prompt, or one plugged in.")] = None,
-    virtual_tokens: Annotated[int | None, typer.Option(help="The prefix's length.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples a step.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same prefix.")] = None,
-    init_text: Annotated[str | None, typer.Option(help="Text that the prefix starts from.")] = None,
-    template: Annotated[str | None, typer.Option(help="Text with one {prompt}, in which every prompt stands.")] = None,
+    validation: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSONL to judge by. Default: a tenth of the data, of ten examples or more.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="How it is tuned: prefix, prompt, or one plugged in. Default: prefix.")
+    ] = None,
+    virtual_tokens: Annotated[int | None, typer.Option(help=f"The prefix's length. {BY_DATA}")] = None,
+    steps: Annotated[int | None, typer.Option(help=f"Optimiser steps. {BY_DATA}")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. Default: the method's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help=f"Examples a step. {BY_DATA}")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help=f"Tokens of an example; a longer one loses its prompt's beginning. {BY_DATA}")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same prefix. Default: 0.")] = None,
+    init_text: Annotated[
+        str | None, typer.Option(help="Text that the prefix starts from. Default: the examples'.")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Text with one {prompt}, in which every prompt stands. Default: none.")
+    ] = None,
     wait: Annotated[bool, typer.Option(help="Show progress until the job has ended.")] = True,
 ) -> None:
-    """Train a prefix on a running server's worker.
-
-    The server has a default for every option that is not given.
-    """
+    """Train a prefix on a running server's worker. No more is needed than a name and the data."""
     options = {
         "method": method,
         "virtual_tokens": virtual_tokens,
         "steps": steps,
         "learning_rate": learning_rate,
         "batch_size": batch_size,
+        "max_length": max_length,
         "seed": seed,
         "init_text": init_text,
         "template": template,
+        "validation_examples": read_examples(validation) if validation is not None else None,
     }
     checked(name)
     given = {option: value for option, value in options.items() if value is not None}
@@ -56,42 +71,14 @@ def train(
             _finish(_watch(server, job))
 
 
-def read_examples(path: Path) -> list[dict[str, str]]:
-    """The examples of a JSONL file; blank lines are passed over. Ends the command with the line that is wrong."""
-    examples = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if line.strip():
-            examples.append(_example(line, f"{path}, line {number}"))
-    if not examples:
+def read_examples(path: Path) -> list[Example]:
+    """A JSONL file's examples; blank lines are passed over. Ends the command with the first lines that are wrong."""
+    found, faults = examples.parse(path.read_bytes())
+    if faults:
+        fail("\n".join(f"{path}, {fault}" for fault in faults))
+    if not found:
         fail(f"{path} has no examples")
-    return examples
-
-
-def _example(line: bytes, where: str) -> dict[str, str]:
-    try:
-        example = json.loads(line.decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        fail(f"{where}: not JSON ({error.msg} at column {error.colno}); expected {EXPECTED}")
-    except UnicodeDecodeError:
-        fail(f"{where}: not UTF-8; expected {EXPECTED}")
-    except (ValueError, RecursionError):  # thousands of digits, or of brackets
-        fail(f"{where}: not JSON that can be read; expected {EXPECTED}")
-    if not isinstance(example, dict) or set(example) != set(FIELDS):
-        fail(f"{where}: expected an object {EXPECTED}, got {_kind(example)}")
-    for field, text in example.items():
-        if not isinstance(text, str):
-            fail(f"{where}: {field} must be a string, got {_kind(text)}")
-        if text != text.encode(errors="replace").decode():
-            fail(f"{where}: {field} is not valid Unicode")
-    if not example["completion"]:
-        fail(f"{where}: the completion is empty")
-    return example
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"an object with {', '.join(repr(name[:40]) for name in list(value)[:8]) or 'nothing'}"
-    return KINDS[type(value)]
+    return found
 
 
 def _watch(server: Client, job: dict[str, Any]) -> dict[str, Any]:

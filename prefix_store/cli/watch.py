@@ -60,7 +60,7 @@ class History:
             self._after = event["sequence"]
             if event["type"] == "message":
                 said.append(event["data"]["message"])
-            else:
+            elif event["type"] == "metrics":
                 self._take(event["data"])
         return said
 
@@ -72,13 +72,18 @@ def numbers(job: dict[str, Any], progress: dict[str, Any]) -> str:
     """Step, losses, speed and time left, as far as they are known."""
     if "step" not in progress:
         return WAITS if job["status"] == JobStatus.QUEUED else printable(job["status"])
-    parts = [f"step {progress['step']}/{job['options']['steps']}"]
+    parts = [f"step {progress['step']}/{_total(job, progress) or '?'}"]
     for name, form in FORMS.items():
         if name in progress:
             parts.append(form.format(progress[name]))
     if "seconds_left" in progress:
         parts.append(f"{clock(progress['seconds_left'])} left")
     return printable("  ".join(parts))
+
+
+def _total(job: dict[str, Any], progress: dict[str, Any]) -> Any:
+    """The steps of the whole run; None until the worker has chosen them."""
+    return progress.get("total_steps") or job["options"]["steps"]
 
 
 class _Display(Protocol):
@@ -96,7 +101,8 @@ class _Lines:
 
     def show(self, job: dict[str, Any], progress: dict[str, Any]) -> None:
         """A line when the job's state changes, and then for every tenth of its steps."""
-        share = LINES * progress["step"] // job["options"]["steps"] if "step" in progress else job["status"]
+        total = _total(job, progress)
+        share = LINES * progress["step"] // total if total and "step" in progress else job["status"]
         if share not in (self._shown, *FINAL):
             self._shown = share
             self.say(numbers(job, progress))
@@ -115,14 +121,15 @@ class _Bar:
         figures = TextColumn("{task.fields[numbers]}", markup=False, table_column=Column(no_wrap=True))
         bar = BarColumn(bar_width=None, table_column=Column(max_width=40))
         self._bar = Progress(bar, figures, console=Console(stderr=True))
-        self._task = self._bar.add_task("", total=job["options"]["steps"], numbers="")
+        self._task = self._bar.add_task("", total=None, numbers="")
         self._bar.start()
 
     def say(self, message: str) -> None:
         self._bar.console.print(message, markup=False, highlight=False, emoji=False)
 
     def show(self, job: dict[str, Any], progress: dict[str, Any]) -> None:
-        self._bar.update(self._task, completed=progress.get("step", 0), numbers=numbers(job, progress))
+        total, done = _total(job, progress), progress.get("step", 0)
+        self._bar.update(self._task, total=total, completed=done, numbers=numbers(job, progress))
 
     def close(self) -> None:
         self._bar.stop()

@@ -54,6 +54,14 @@ class FrozenModel:
         return size
 
     @property
+    def end_ids(self) -> frozenset[int]:
+        """Every token that ends a text, by the model's generation config and by its tokenizer."""
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        several = configured if isinstance(configured, list) else [configured]
+        own = getattr(self.tokenizer, "eos_token_id", None)
+        return frozenset(token for token in [*several, own] if token is not None)
+
+    @property
     def has_sliding_window(self) -> bool:
         """Whether any layer sees only the last so many tokens."""
         config = self.model.config.get_text_config()

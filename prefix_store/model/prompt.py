@@ -15,19 +15,26 @@ def render(text: str, template: str | None) -> str:
     return template.replace("{prompt}", text) if template is not None else text
 
 
-def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], template: str | None = None) -> str:
-    """Messages in a chat template, up to where the answer begins; by default the template is the tokenizer's own.
-
-    Raises ChatTemplateMissing, and InvalidRequest for messages that the template does not take.
-    """
+def check_chat_template(tokenizer: Any, template: str | None, param: str = "messages") -> None:
+    """Raises ChatTemplateMissing unless there is a form for messages: the one that is given, or the tokenizer's own."""
     if template is None and not tokenizer.chat_template:
         raise ChatTemplateMissing(
-            "this model has no chat template: use /v1/completions, or start the server with ANTEFIX_CHAT_TEMPLATE",
-            param="messages",
+            "this model has no chat template: use prompts, or start the server with ANTEFIX_CHAT_TEMPLATE", param=param
         )
+
+
+def render_chat(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], template: str | None = None, *, answered: bool = False
+) -> str:
+    """Messages in a chat template, up to where the answer begins; by default the template is the tokenizer's own.
+
+    `answered`: the last message is the answer, and the text ends behind it. Raises ChatTemplateMissing, and
+    InvalidRequest for messages that the template does not take.
+    """
+    check_chat_template(tokenizer, template)
     try:
         text: str = tokenizer.apply_chat_template(
-            list(messages), chat_template=template, add_generation_prompt=True, tokenize=False
+            list(messages), chat_template=template, add_generation_prompt=not answered, tokenize=False
         )
     except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # a template is a program, which may refuse messages or stumble over them
@@ -52,4 +59,9 @@ def encode(tokenizer: Any, text: str, *, special_tokens: bool = True) -> list[in
 def encode_completion(tokenizer: Any, text: str) -> list[int]:
     """Encodes what follows a prompt: no special tokens in front, EOS at the end where there is one."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return ended(tokenizer, ids)
+
+
+def ended(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Ids with EOS behind them, where there is one."""
     return ids + ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])

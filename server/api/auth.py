@@ -53,6 +53,7 @@ SCOPES = {
     ("GET", "/v1/jobs"): "train",
     ("GET", "/v1/jobs/{job_id}"): "train",
     ("GET", "/v1/jobs/{job_id}/events"): "train",
+    ("GET", "/v1/jobs/{job_id}/report"): "train",
     ("POST", "/v1/jobs/{job_id}/cancel"): "train",
     ("GET", "/metrics"): "admin",
 }

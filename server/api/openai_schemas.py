@@ -135,11 +135,13 @@ class ChatBody(AnswerBody):
 
 
 class TokenizeBody(LenientBody):
-    """POST /tokenize: a text, or messages in the chat template."""
+    """POST /tokenize: a text, messages in the chat template, or an example as training takes it."""
 
     model: str | None = Field(default=None, min_length=1)
     prompt: str | None = None
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)] | None = None
+    example: dict[str, Any] | None = None
+    max_length: Annotated[Integer, Field(ge=2)] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool = False
 

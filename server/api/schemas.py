@@ -20,6 +20,7 @@ from server.scheduler.sampling_params import MAX_BIASES
 Integer = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 # the first wrong item is enough: an error for each of a million would keep every other call waiting
 Integers = Annotated[list[Integer], Field(fail_fast=True)]
+Examples = Annotated[list[dict[str, Any]], Field(fail_fast=True, min_length=1)]
 # as Python writes an id, so that none can be given twice
 TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
@@ -92,17 +93,14 @@ class GenerateBody(SamplingFields, Body):
     echo: bool = False
 
 
-class Example(Body):
-    """One training example."""
-
-    prompt: str
-    completion: str = Field(min_length=1)
-
-
 class TrainBody(Body):
-    """POST /v1/prefixes/{name}/train. An absent option is `TrainingSpec`'s default, and so are the ranges."""
+    """POST /v1/prefixes/{name}/train. An absent option is `TrainingSpec`'s default, and so are the ranges.
 
-    examples: Annotated[list[Example], Field(fail_fast=True, min_length=1, max_length=100_000)]
+    What an example may be, `prefix_store.examples` says.
+    """
+
+    examples: Examples
+    validation_examples: Examples | None = None
     method: str | None = None
     objective: Objective | None = None
     virtual_tokens: Integer | None = None
@@ -116,7 +114,7 @@ class TrainBody(Body):
 
     def options(self) -> dict[str, Any]:
         """What was asked for beyond the examples."""
-        return self.model_dump(exclude={"examples"}, exclude_none=True)
+        return self.model_dump(exclude={"examples", "validation_examples"}, exclude_none=True)
 
 
 class EditBody(Body):

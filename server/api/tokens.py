@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Request
 
-from prefix_store.errors import InvalidRequest
+from prefix_store.errors import ContextLengthExceeded, InvalidRequest, InvalidTrainingData
+from prefix_store.examples import canonical
+from prefix_store.model.example import Example, ExampleEncoder
 from prefix_store.model.prompt import render_chat
-from server.api import model_names, prompts, schemas
+from server.api import generation, model_names, prompts, schemas
 from server.api.auth import Caller, Calling
 from server.api.openai_schemas import DetokenizeBody, TokenizeBody
 from server.api.services import Services, Serving
@@ -23,6 +26,10 @@ router = APIRouter()
 async def tokenize(request: Request, services: Serving, caller: Calling) -> dict[str, Any]:
     """The ids of a text or of messages; a prefix's template is no part of them."""
     body = await schemas.read(request, TokenizeBody)
+    if sum(given is not None for given in (body.prompt, body.messages, body.example)) != 1:
+        raise InvalidRequest("one of prompt, messages and example must be given", param="prompt")
+    if body.example is not None:
+        return await _tokenize_example(body.example, body, services, caller)
     await _check_model(body.model, services, caller)
     ids, texts = await to_thread.run_sync(_encode, body, services, limiter=services.tokenizing)
     shown = {"count": len(ids), "max_model_len": services.frozen.context_length, "tokens": ids}
@@ -52,6 +59,24 @@ async def info(services: Serving) -> dict[str, Any]:
     }
 
 
+async def _tokenize_example(
+    example: dict[str, Any], body: TokenizeBody, services: Services, caller: Caller
+) -> dict[str, Any]:
+    """An example as training would read it, in the prefix's template, and the places of the tokens that it counts.
+
+    It has room for one token more, so that it can be scored as a prompt.
+    """
+    prefix = await model_names.load(body.model, services, caller) if body.model is not None else None
+    room = services.frozen.context_length - generation.virtual_tokens(prefix) - 1
+    template = prefix.template if prefix is not None else None
+    frozen = services.frozen
+    encoder = ExampleEncoder(frozen.tokenizer, frozen.end_ids, template, services.chat_template)
+    kept = min(body.max_length or room, room)
+    pieces = await to_thread.run_sync(_encode_example, encoder, example, kept, limiter=services.tokenizing)
+    found = [{"tokens": piece.ids, "targets": list(piece.targets)} for piece in pieces]
+    return {"max_model_len": frozen.context_length, "examples": found}
+
+
 async def _check_model(model: str | None, services: Services, caller: Caller) -> None:
     """There is one tokenizer, so no name is needed, but a wrong one is an error here too."""
     if model is not None:
@@ -61,8 +86,6 @@ async def _check_model(model: str | None, services: Services, caller: Caller) ->
 def _encode(body: TokenizeBody, services: Services) -> tuple[list[int], list[str] | None]:
     """By default a text gets the tokenizer's special tokens, and messages have those of their template."""
     tokenizer = services.frozen.tokenizer
-    if (body.prompt is None) == (body.messages is None):
-        raise InvalidRequest("either prompt or messages must be given", param="prompt")
     text, special = body.prompt, True
     if body.messages is not None:
         messages = [message.to_json() for message in body.messages]
@@ -72,6 +95,18 @@ def _encode(body: TokenizeBody, services: Services) -> tuple[list[int], list[str
     special = special if body.add_special_tokens is None else body.add_special_tokens
     ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
     return ids, tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
+
+
+def _encode_example(encoder: ExampleEncoder, example: dict[str, Any], room: int) -> list[Example]:
+    if room < 2:
+        raise ContextLengthExceeded("the prefix leaves no room for an example", param="example")
+    try:
+        kept = canonical(example)
+        if len(json.dumps(kept)) > LONGEST_TEXT:
+            raise InvalidTrainingData(f"an example must be at most {LONGEST_TEXT} bytes")
+        return encoder.encode(kept, room)
+    except InvalidTrainingData as error:
+        raise InvalidTrainingData(error.message, param="example") from None
 
 
 def _decode(ids: list[int], services: Services) -> str:

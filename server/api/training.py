@@ -8,15 +8,18 @@ from anyio import to_thread
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
+from prefix_store import job_report
 from prefix_store.backends.base import Transaction
 from prefix_store.errors import InvalidRequest, JobNotFound
-from prefix_store.jobs import TrainingJob, TrainingSpec
+from prefix_store.jobs import JobEvent, TrainingJob
+from prefix_store.model.prompt import check_chat_template
 from server.api import queries, references, repeats, schemas, views
 from server.api.auth import Caller, Calling
 from server.api.repeats import Keep, Reply
 from server.api.schemas import TrainBody
 from server.api.services import Services, Serving
 
+PAGE = 1000  # events read at a time
 router = APIRouter(prefix="/v1")
 Limit = Annotated[int, Query(ge=1, le=1000)]
 Sequence = Annotated[int, Query(ge=0, le=2**63 - 1)]
@@ -59,6 +62,14 @@ async def events(
     return views.page([views.event(event) for event in found], limit)
 
 
+@router.get("/jobs/{job_id}/report", dependencies=[Depends(queries.only_known)])
+async def report(job_id: str, services: Serving, caller: Calling) -> dict[str, Any]:
+    """How a job went so far: its curves, what was chosen for it, and samples once it is done."""
+    found = await _find(services, caller, job_id)
+    made = await to_thread.run_sync(_report, services, found)
+    return {"object": "job.report", "job": views.job(found), **made}
+
+
 @router.post("/jobs/{job_id}/cancel")
 async def cancel(job_id: str, services: Serving, caller: Calling) -> dict[str, Any]:
     """A queued job is cancelled at once, a running one within seconds."""
@@ -73,18 +84,29 @@ async def _find(services: Services, caller: Caller, job_id: str) -> TrainingJob:
     return job
 
 
+def _report(services: Services, job: TrainingJob) -> dict[str, Any]:
+    events: list[JobEvent] = []
+    while page := services.store.jobs.events(job.tenant, job.id, events[-1].sequence if events else 0, PAGE):
+        events += page
+    return job_report.make(events)
+
+
 def _train(services: Services, caller: Caller, key: str | None, name: str, body: TrainBody) -> Reply:
-    examples = [example.model_dump() for example in body.examples]
+    examples, validation = body.examples, body.validation_examples or []
     options = {**body.options(), "base_digest": services.frozen.digest}
+    if any("messages" in example for example in examples + validation):
+        check_chat_template(services.frozen.tokenizer, services.chat_template, "examples")
+        options["chat_template"] = services.chat_template
 
     def work(keep: Keep) -> Reply:
         def also(transaction: Transaction, job: TrainingJob) -> None:
             keep(transaction, _accepted(job))
 
         jobs = services.store.jobs
-        return _accepted(jobs.submit(caller.tenant, name, examples, options, services.methods, caller.by, also))
+        made = jobs.submit(caller.tenant, name, examples, options, services.methods, caller.by, also, validation)
+        return _accepted(made)
 
-    return repeats.answer(services, caller, key, ["train", name, examples, body.options()], work)
+    return repeats.answer(services, caller, key, ["train", name, examples, validation, body.options()], work)
 
 
 def _accepted(job: TrainingJob) -> Reply:
@@ -92,7 +114,7 @@ def _accepted(job: TrainingJob) -> Reply:
 
 
 def _check_room(body: TrainBody, services: Services) -> None:
-    asked = body.virtual_tokens or TrainingSpec.virtual_tokens
+    asked = body.virtual_tokens or 1
     if asked + 2 > services.frozen.context_length:
         raise InvalidRequest(
             f"{asked} virtual tokens leave no room in a context of {services.frozen.context_length}",

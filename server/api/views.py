@@ -10,6 +10,9 @@ from prefix_store.jobs import JobEvent, TrainingJob
 from prefix_store.name_records import NameRecord
 from prefix_store.prefix import PrefixVersion
 
+# what a job has beside what was asked for by name
+NO_OPTIONS = {"data_digest", "examples", "validation_examples", "chat_template", "unset"}
+
 
 def prefix(version: PrefixVersion, reader: str, record: NameRecord | None = None) -> dict[str, Any]:
     """A version of a prefix, as the tenant `reader` sees it; with its name's record, also what it is called.
@@ -49,8 +52,8 @@ def sharing(name: str, record: NameRecord) -> dict[str, Any]:
 
 
 def job(found: TrainingJob) -> dict[str, Any]:
-    """A training job."""
-    options = found.spec.to_json()
+    """A training job. An option that is left to the worker is null."""
+    options = found.spec.to_json() | dict.fromkeys(found.spec.unset)
     return {
         "id": found.id,
         "object": "job",
@@ -64,8 +67,9 @@ def job(found: TrainingJob) -> dict[str, Any]:
         "cancel_requested": found.cancel_requested,
         "progress": found.progress,
         "error": found.error and {"code": found.error.code, "message": found.error.message},
-        "examples": options.pop("examples"),
-        "options": {name: value for name, value in options.items() if name != "data_digest"},
+        "examples": options["examples"],
+        "validation_examples": options["validation_examples"],
+        "options": {name: value for name, value in options.items() if name not in NO_OPTIONS},
     }
 
 

@@ -35,7 +35,7 @@ class Engine:
     ) -> None:
         self.frozen = frozen
         self.limits = limits
-        self.scheduler = Scheduler(limits, eos_ids(frozen), clock)
+        self.scheduler = Scheduler(limits, frozen.end_ids, clock)
         self.pool = KVPool(frozen.geometry, limits.slots, dtype=frozen.dtype, device=frozen.device)
         truths = self_test.plain_truths(frozen)
         self.runner = ModelRunner(frozen, self.pool, backend or default_backend(frozen), int8=int8)
@@ -65,14 +65,6 @@ def default_backend(frozen: FrozenModel) -> str:
     if frozen.device.type != "cpu":
         return "plain"
     return "native" if native.is_available(frozen.dtype) else "cpu"
-
-
-def eos_ids(frozen: FrozenModel) -> frozenset[int]:
-    """Every token that ends a text, by the model's generation config and by its tokenizer."""
-    configured = getattr(frozen.model.generation_config, "eos_token_id", None)
-    several = configured if isinstance(configured, list) else [configured]
-    tokenizer_eos = getattr(frozen.tokenizer, "eos_token_id", None)
-    return frozenset(token for token in [*several, tokenizer_eos] if token is not None)
 
 
 def choose_slots(frozen: FrozenModel, rows: int, budget_bytes: int) -> int:

@@ -22,7 +22,8 @@ def test_submitting_queues_a_job(jobs):
     assert re.fullmatch(r"ftjob-[A-Za-z0-9]{24}", job.id)
     assert job == jobs.job("acme", job.id)
     assert (job.status, job.tenant, job.name) == (JobStatus.QUEUED, "acme", "support")
-    assert job.spec == TrainingSpec(job.spec.data_digest, 2, "prefix", Objective.LM, steps=7)
+    unset = ("virtual_tokens", "batch_size", "max_length")
+    assert job.spec == TrainingSpec(job.spec.data_digest, 2, "prefix", Objective.LM, steps=7, unset=unset)
 
 
 def test_examples_come_back_as_they_were(jobs):
@@ -47,19 +48,27 @@ def test_damaged_examples_are_noticed(store, jobs):
 @pytest.mark.parametrize(
     ("example", "message"),
     [
-        ({"prompt": "a", "completion": ""}, "line 2: the completion is empty"),
-        ({"prompt": "a"}, "line 2: expected the texts"),
-        ({"completion": "a"}, "line 2: expected the texts"),
-        ({"prompt": "a", "completion": "b", "weight": "1"}, "line 2: expected the texts"),
-        ({"prompt": None, "completion": "b"}, "line 2: expected the texts"),
-        ({"prompt": "\ud800", "completion": "b"}, "line 2: not valid Unicode"),
+        ({"prompt": "a", "completion": ""}, "line 2: completion is empty"),
+        ({"prompt": "a"}, "line 2: expected an object .* got an object with 'prompt'"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "line 2: no message of an assistant"),
     ],
 )
 def test_bad_examples_are_refused_by_line(store, jobs, example, message):
     with pytest.raises(InvalidTrainingData, match=message):
         jobs.submit("acme", "support", [EXAMPLES[0], example], {})
+    with pytest.raises(InvalidTrainingData, match=f"validation_examples, {message}"):
+        jobs.submit("acme", "support", EXAMPLES, {}, validation=[EXAMPLES[0], example])
     assert jobs.jobs("acme", None, 10) == []
     assert list(store.blobs.digests()) == []
+
+
+def test_examples_to_judge_by_are_kept_behind_those_to_learn_from(store, jobs):
+    judges = [{"text": "a"}, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    job = jobs.submit("acme", "support", EXAMPLES, {}, validation=judges)
+    assert (job.spec.examples, job.spec.validation_examples) == (2, 2)
+    assert (jobs.examples(job), jobs.validation_examples(job)) == (EXAMPLES, judges)
+    assert jobs.validation_examples(jobs.submit("acme", "support", EXAMPLES, {})) == []
+    assert len(list(store.blobs.digests())) == 2
 
 
 @pytest.mark.parametrize(
@@ -68,6 +77,8 @@ def test_bad_examples_are_refused_by_line(store, jobs, example, message):
         ({"stepz": 1}, "stepz"),
         ({"data_digest": "a"}, "data_digest"),
         ({"examples": 9}, "examples"),
+        ({"validation_examples": 9}, "validation_examples"),
+        ({"unset": ["steps"]}, "unset"),
         ({"steps": 0}, "steps"),
         ({"steps": "many"}, "steps"),
         ({"method": "lora"}, "method"),

@@ -2,23 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from prefix_store.errors import ContextLengthExceeded, InvalidRequest
-from prefix_store.jobs import TrainingSpec
-from trainer.job_run import find, line, room_for_text, summary
+from prefix_store.errors import InvalidRequest
+from trainer.job_run import find, line, summary
 from trainer.loop import Fit, Progress
 from trainer.methods import METHODS
 from trainer.methods.prompt import SoftPrompt
-
-
-@pytest.mark.parametrize(("max_length", "virtual_tokens", "room"), [(50, 10, 50), (100, 10, 90), (100, 98, 2)])
-def test_an_example_and_the_prefix_share_the_context(max_length, virtual_tokens, room):
-    spec = TrainingSpec("0" * 64, 1, max_length=max_length, virtual_tokens=virtual_tokens)
-    assert room_for_text(spec, 100) == room
-
-
-def test_a_prefix_that_fills_the_context_is_refused():
-    with pytest.raises(ContextLengthExceeded, match="99 virtual tokens leave no room in a context of 100"):
-        room_for_text(TrainingSpec("0" * 64, 1, virtual_tokens=99), 100)
 
 
 def test_a_method_is_found_by_its_name_and_never_replaced_by_another():

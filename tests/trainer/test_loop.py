@@ -52,14 +52,14 @@ def test_training_lowers_the_loss_and_leaves_the_model_alone():
 def test_a_trained_model_learns_an_author_at_the_default_rate():
     model = apply.attach(frozen.load(SHARED / "models" / "stories260K"))
     lines = (SHARED / "data" / "authors" / "lewis_carroll" / "train.jsonl").read_text().splitlines()[:60]
-    parts = data.split(data.tokenize(model.tokenizer, [json.loads(line) for line in lines], 64), seed=0)
+    learned, judged = data.split(data.tokenize(model.tokenizer, [json.loads(line) for line in lines], 64), seed=0)
     spec = TrainingSpec("0" * 64, len(lines), virtual_tokens=8, steps=30)
-    method = DirectKV(model, spec, chain.from_iterable(example.ids for example in parts.train))
+    method = DirectKV(model, spec, chain.from_iterable(example.ids for example in learned))
 
     def validate() -> float:
-        return nats_per_token(model, method.rows, data.batches(parts.valid, 8))
+        return nats_per_token(model, method.rows, data.batches(judged, 8))
 
-    result = fit(model, method, parts.train, spec, validate=validate)
+    result = fit(model, method, learned, spec, validate=validate)
     assert result.valid_loss < result.start_loss - 0.2, result
 
 

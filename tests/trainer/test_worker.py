@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prefix_store import tensors
+from prefix_store import job_report, tensors
 from prefix_store.errors import PrefixNotFound, StoreUnavailable
 from prefix_store.jobs import JobStatus, TrainingJob
 from prefix_store.model import apply
@@ -38,8 +38,8 @@ def store(tmp_path) -> Iterator[Store]:
     opened.close()
 
 
-def submit(store: Store, examples=EXAMPLES, name: str = NAME, **options) -> TrainingJob:
-    return store.jobs.submit(TENANT, name, examples, {**QUICK, **options})
+def submit(store: Store, examples=EXAMPLES, name: str = NAME, validation=(), **options) -> TrainingJob:
+    return store.jobs.submit(TENANT, name, examples, {**QUICK, **options}, validation=validation)
 
 
 def make_worker(store: Store, name: str = "w1", **options) -> Worker:
@@ -127,7 +127,7 @@ def test_a_job_tells_how_it_goes(store):
     make_worker(store).run_until_empty()
     events = store.jobs.events(TENANT, job.id, 0, 1000)
     messages = [event.data["message"] for event in events if event.kind == "message"]
-    assert messages[0].startswith("training on 11 examples, validating on 1")
+    assert messages[0].startswith("training on 11 examples of up to 16 tokens, validating on 1")
     assert messages[-1].startswith("keeping step ")
     metrics = [event.data for event in events if event.kind == "metrics"]
     assert [data["step"] for data in metrics] == list(range(1, 11))
@@ -135,6 +135,50 @@ def test_a_job_tells_how_it_goes(store):
     assert set(metrics[0]) == keys
     assert metrics[-1]["valid_loss"] is not None
     assert now(store, job).progress == metrics[-1]
+
+
+def test_what_nobody_chose_is_chosen_by_the_data_and_recorded(store):
+    job, lines = store.jobs.submit(TENANT, NAME, EXAMPLES, {"steps": 3}), []
+    make_worker(store, say=lines.append).run_until_empty()
+    report = job_report.make(store.jobs.events(TENANT, job.id, 0, 1000))
+    assert set(report["chosen"]) == {"virtual_tokens", "batch_size", "max_length"}
+    assert any(f"virtual_tokens {report['chosen']['virtual_tokens']}" in line for line in lines)
+    version = store.prefixes.resolve(PrefixRef(TENANT, NAME))
+    assert version.virtual_tokens == report["chosen"]["virtual_tokens"]
+    assert [point["step"] for point in report["curve"]] == [1, 2, 3]
+
+
+def test_a_job_shows_what_it_taught(store):
+    job = submit(store, validation=[{"prompt": "7 is", "completion": " a number"}])
+    make_worker(store).run_until_empty()
+    (sample,) = job_report.make(store.jobs.events(TENANT, job.id, 0, 1000))["samples"]
+    assert (sample["prompt"], sample["expected"]) == ("7 is", " a number")
+
+
+CHAT = [{"messages": [{"role": "user", "content": str(n)}, {"role": "assistant", "content": "yes"}]} for n in range(4)]
+
+
+def test_conversations_and_texts_are_trained_on_too(store):
+    template = "{% for message in messages %}{{ message.content }}|{% endfor %}"
+    job = submit(store, [*CHAT, {"text": "plain"}, *EXAMPLES], chat_template=template)
+    make_worker(store).run_until_empty()
+    assert (now(store, job).error, versions(store)) == (None, 1)
+
+
+def test_messages_without_a_chat_template_fail_the_job_at_its_start(store):
+    job = submit(store, CHAT)
+    make_worker(store).run_until_empty()
+    assert (now(store, job).error.code, versions(store)) == ("chat_template_missing", 0)
+    assert "ANTEFIX_CHAT_TEMPLATE" in now(store, job).error.message
+
+
+def test_an_answer_that_cannot_be_found_in_its_template_fails_the_job_by_its_line(store):
+    examples = [EXAMPLES[0], *CHAT]
+    job = submit(store, examples, chat_template="{{ messages[0].content }}")
+    make_worker(store).run_until_empty()
+    error = now(store, job).error
+    assert (error.code, versions(store)) == ("invalid_training_file", 0)
+    assert error.message == "line 2: messages[1]: the chat template does not keep this answer's text"
 
 
 def test_equal_jobs_give_equal_prefixes(store):

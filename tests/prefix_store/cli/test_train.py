@@ -1,3 +1,4 @@
+import json
 import re
 import threading
 import time
@@ -11,6 +12,7 @@ import typer
 
 from prefix_store.cli import train, watch
 from prefix_store.cli.client import Client
+from prefix_store.examples import EXPECTED
 from prefix_store.jobs import JobError, JobStatus, TrainingJob
 from tests.models import random_kv
 from tests.prefix_store.cli.conftest import HOSTILE, SPELT, Antefix, Instead, Running
@@ -95,13 +97,14 @@ def test_ctrl_c_leaves_the_job_and_says_how_to_cancel(
     ("line", "said"),
     [
         ("{", "line 2: not JSON (Expecting property name enclosed in double quotes at column 2)"),
-        ("[1]", 'line 2: expected an object {"prompt": "…", "completion": "…"}, got a list'),
-        ('{"messages": []}', "got an object with 'messages'"),
+        ("[1]", f"line 2: expected an object {EXPECTED}, got a list"),
+        ('{"messages": []}', "line 2: no message of an assistant to learn from"),
         ('{"prompt": "a"}', "got an object with 'prompt'"),
         ("{}", "got an object with nothing"),
-        ('{"prompt": "a", "completion": 3}', "line 2: completion must be a string, got a number"),
-        ('{"prompt": null, "completion": "a"}', "line 2: prompt must be a string, got null"),
-        ('{"prompt": "a", "completion": ""}', "line 2: the completion is empty"),
+        ('{"prompt": "a", "completion": 3}', "line 2: completion must be a text, got a number"),
+        ('{"prompt": null, "completion": "a"}', "got an object with 'prompt', 'completion'"),
+        ('{"text": "a", "text": "b"}', "line 2: 'text' is given more than once"),
+        ('{"prompt": "a", "completion": ""}', "line 2: completion is empty"),
         ('{"prompt": "a", "completion": "\\ud800"}', "line 2: completion is not valid Unicode"),
         ("[" * 100_000, "line 2: not JSON"),
         ("1" * 10_000, "line 2: not JSON"),
@@ -112,6 +115,18 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, said: str, capsys: pytes
     with pytest.raises(typer.Exit):
         train.read_examples(tmp_path / "d")
     assert said in capsys.readouterr().err
+
+
+def test_the_first_bad_lines_are_named_and_no_more_than_five(antefix: Antefix, tmp_path: Path) -> None:
+    (tmp_path / "d").write_text("{}\n" + GOOD + "{}\n" * 9)
+    result = antefix("train", "--name", "sums", "--data", tmp_path / "d")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert re.findall(r"d, line (\d+): ", result.stderr) == ["1", "3", "4", "5", "6"]
+
+
+def test_help_tells_every_default(antefix: Antefix) -> None:
+    shown = " ".join(antefix("train", "--help").stdout.replace("│", "").split())
+    assert (shown.count("Default:"), shown.count("Default: chosen by the data.")) == (10, 4)
 
 
 def test_blank_lines_are_passed_over_and_no_line_is_an_error(data: Path, tmp_path: Path) -> None:
@@ -148,6 +163,20 @@ def test_only_what_is_given_is_sent(antefix: Antefix, data: Path, monkeypatch: p
     assert sent.pop() == ("/v1/prefixes/sums/train", {"examples": [example, example]})
     antefix("train", "--no-wait", "--name", "sums", "--data", data, "--method", "prompt", "--steps", "5")
     assert sent.pop()[1] == {"examples": [example, example], "method": "prompt", "steps": 5}
+    antefix("train", "--no-wait", "--name", "sums", "--data", data, "--validation", data, "--max-length", "50")
+    assert sent.pop()[1] == {
+        "examples": [example, example], "validation_examples": [example, example], "max_length": 50
+    }  # fmt: skip
+
+
+def test_all_shapes_are_sent(antefix: Antefix, running: Running, tmp_path: Path) -> None:
+    lines = [{"text": "a"}, {"prompt": "a", "completion": "b"}]
+    (tmp_path / "d").write_text("\n".join(json.dumps(line) for line in lines))
+    job_id = antefix("train", "--no-wait", "--name", "mixed", "--data", tmp_path / "d").stdout.strip()
+    job = running.store.jobs.job("default", job_id)
+    assert job is not None
+    assert running.store.jobs.examples(job) == lines
+    antefix("jobs", "cancel", job_id)
 
 
 def test_a_method_that_nobody_knows_is_refused_by_the_server(antefix: Antefix, data: Path) -> None:

@@ -104,6 +104,7 @@ WAYS: dict[tuple[str, str], list[Way]] = {
     ("GET", "/v1/jobs"): [job("/v1/jobs?after=<id>")],
     ("GET", "/v1/jobs/{job_id}"): [job("/v1/jobs/<id>")],
     ("GET", "/v1/jobs/{job_id}/events"): [job("/v1/jobs/<id>/events?after=0")],
+    ("GET", "/v1/jobs/{job_id}/report"): [job("/v1/jobs/<id>/report")],
     ("POST", "/v1/jobs/{job_id}/cancel"): [job("/v1/jobs/<id>/cancel")],
 }
 

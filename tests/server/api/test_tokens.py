@@ -44,6 +44,26 @@ def test_messages_are_tokenized_in_the_chat_template(serve: Serve, frozen: Froze
     assert found == frozen.tokenizer("<s>a|b|", add_special_tokens=False).input_ids
 
 
+def test_an_example_is_tokenized_as_training_reads_it(serve: Serve, store: Store, frozen: FrozenModel) -> None:
+    client = serve(chat_template=TEMPLATE)
+    publish(store, frozen, template="Q: {prompt} A:")
+    pair = {"prompt": "ab", "completion": "cd"}
+    for model, prompt in ((None, "ab"), ("tiny-llama", "ab"), ("support", "Q: ab A:")):
+        (piece,) = post(client, "/tokenize", example=pair, model=model)["examples"]
+        before = frozen.tokenizer(prompt).input_ids
+        assert piece["tokens"] == [*before, *frozen.tokenizer("cd").input_ids[1:], 1]
+        assert piece["targets"] == [len(before) + place for place in range(3)]
+    user, assistant = {"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}
+    (piece,) = post(client, "/tokenize", example={"messages": [user, assistant, user, assistant]})["examples"]
+    assert piece["tokens"] == frozen.tokenizer("<s>ab|cd|ab|cd|</s>", add_special_tokens=False).input_ids
+    assert piece["targets"] == [4, 5, 6, 10, 11, 12, 13]
+    pieces = post(client, "/tokenize", example={"text": "abcdef"}, max_length=4)["examples"]
+    assert [len(piece["tokens"]) for piece in pieces] == [4, 4, 2]
+    long = {"prompt": "x" * 1000, "completion": "y"}
+    (piece,) = post(client, "/tokenize", example=long, model="support", max_length=5000)["examples"]
+    assert len(piece["tokens"]) == 512 - 4 - 1  # the prefix's place, and one for a token behind
+
+
 def test_what_the_tokenizer_is(client: TestClient, serve: Serve) -> None:
     found = client.get("/tokenizer_info").json()
     assert (found["bos_token"], found["eos_token"], found["pad_token"]) == ("<s>", "</s>", None)
@@ -59,6 +79,11 @@ def test_what_the_tokenizer_is(client: TestClient, serve: Serve) -> None:
         ("/tokenize", {}, "prompt"),
         ("/tokenize", {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}, "prompt"),
         ("/tokenize", {"prompt": 3}, "prompt"),
+        ("/tokenize", {"prompt": "x", "example": {"text": "a"}}, "prompt"),
+        ("/tokenize", {"example": {"text": ""}}, "example"),
+        ("/tokenize", {"example": {"text": "x" * (tokens.LONGEST_TEXT + 1)}}, "example"),
+        ("/tokenize", {"example": {"text": "a"}, "max_length": 1}, "max_length"),
+        ("/tokenize", {"example": {"messages": [{"role": "user", "content": "x"}]}}, "example"),
         ("/tokenize", {"prompt": "x" * (tokens.LONGEST_TEXT + 1)}, "prompt"),
         ("/tokenize", {"messages": [{"role": "user", "content": "x"}]}, "messages"),
         ("/detokenize", {}, "tokens"),

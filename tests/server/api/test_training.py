@@ -10,6 +10,8 @@ from tests.server.conftest import Serve
 
 EXAMPLES = [{"prompt": "2+2=", "completion": "4"}, {"prompt": "", "completion": "ok"}]
 
+CHAT = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}]
+
 
 def train(client: TestClient, name: str = "sums", **options: Any) -> dict[str, Any]:
     reply = client.post(f"/v1/prefixes/{name}/train", json={"examples": EXAMPLES, **options})
@@ -47,7 +49,11 @@ def test_a_job_is_queued_with_its_examples_and_options(client: TestClient, store
         ({"examples": [{"prompt": "a"}]}, "examples"),
         ({"examples": [{"prompt": "a", "completion": ""}]}, "examples"),
         ({"examples": [{"prompt": "a", "completion": 3}]}, "examples"),
-        ({"examples": [{"prompt": "a", "completion": "b", "compl": "c"}]}, "compl"),
+        ({"examples": [{"prompt": "a", "completion": "b", "compl": "c"}]}, "examples"),
+        ({"examples": EXAMPLES, "validation_examples": [{"text": ""}]}, "validation_examples"),
+        ({"examples": EXAMPLES, "validation_examples": []}, "validation_examples"),
+        ({"examples": ["a"]}, "examples"),
+        ({"examples": CHAT}, "examples"),
         ({"examples": EXAMPLES, "step": 3}, "step"),
         ({"examples": EXAMPLES, "steps": 0}, "steps"),
         ({"examples": EXAMPLES, "steps": "3"}, "steps"),
@@ -66,6 +72,55 @@ def test_what_cannot_be_trained_is_400_and_named(client: TestClient, body: dict[
     reply = client.post("/v1/prefixes/sums/train", json=body)
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param), reply.text
     assert client.get("/v1/jobs").json()["data"] == []
+
+
+def test_a_wrong_example_is_named_by_its_line_with_what_was_expected(client: TestClient) -> None:
+    reply = client.post("/v1/prefixes/sums/train", json={"examples": [*EXAMPLES, {"text": "a"}, {"text": 3}]})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_training_file")
+    assert reply.json()["error"]["message"] == "line 4: text must be a text, got a number"
+
+
+def test_options_that_are_left_to_the_worker_are_null(client: TestClient) -> None:
+    options = train(client, steps=7)["options"]
+    assert (options["steps"], options["virtual_tokens"], options["batch_size"]) == (7, None, None)
+    assert not {"unset", "chat_template", "data_digest"} & set(options)
+
+
+def test_examples_to_judge_by_may_come_with_those_to_learn_from(client: TestClient, store: Store) -> None:
+    job = train(client, validation_examples=[{"text": "a"}])
+    assert (job["examples"], job["validation_examples"]) == (2, 1)
+    claimed = store.jobs.claim("worker", 60)
+    assert claimed is not None
+    assert store.jobs.validation_examples(claimed) == [{"text": "a"}]
+
+
+@pytest.mark.parametrize("field", ["examples", "validation_examples"])
+def test_messages_need_a_chat_template_which_goes_with_the_job(serve: Serve, store: Store, field: str) -> None:
+    body = {"examples": EXAMPLES, field: CHAT}
+    refused = serve().post("/v1/prefixes/sums/train", json=body)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "chat_template_missing")
+    assert refused.json()["error"]["param"] == "examples"
+    assert serve(chat_template="{{ x }}").post("/v1/prefixes/sums/train", json=body).status_code == 202
+    claimed = store.jobs.claim("worker", 60)
+    assert claimed is not None
+    assert claimed.spec.chat_template == "{{ x }}"
+
+
+def test_a_report_is_made_of_what_the_worker_recorded(client: TestClient, store: Store) -> None:
+    job_id = train(client)["id"]
+    empty = {"chosen": {}, "curve": [], "best": None, "samples": [], "messages": []}
+    found = client.get(f"/v1/jobs/{job_id}/report").json()
+    assert found.pop("job") == client.get(f"/v1/jobs/{job_id}").json()
+    assert found == {"object": "job.report", **empty}
+    claimed = store.jobs.claim("worker", 60)
+    assert claimed is not None
+    for step in range(1, 1102):  # more than a page
+        store.jobs.add_event(claimed, "metrics", {"step": step, "train_loss": 1 / step, "valid_loss": None})
+    store.jobs.add_event(claimed, "message", {"message": "done"})
+    found = client.get(f"/v1/jobs/{job_id}/report").json()
+    assert [point["step"] for point in found["curve"]] == list(range(1, 1102))
+    assert found["messages"] == ["done"]
+    assert client.get(f"/v1/jobs/{job_id}/report?odd=1").status_code == 400
 
 
 def test_methods_are_those_built_in_and_those_the_server_was_told_of(serve: Serve) -> None:
@@ -124,7 +179,7 @@ def test_cancel(client: TestClient, store: Store) -> None:
     assert client.post(f"/v1/jobs/{running}/cancel").json()["cancel_requested"] is True
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", ""), ("GET", "/events"), ("POST", "/cancel")])
+@pytest.mark.parametrize(("method", "path"), [("GET", ""), ("GET", "/events"), ("GET", "/report"), ("POST", "/cancel")])
 def test_an_unknown_job_is_404(client: TestClient, method: str, path: str) -> None:
     reply = client.request(method, f"/v1/jobs/ftjob-none{path}")
     assert (reply.status_code, reply.json()["error"]["code"]) == (404, "job_not_found")
