@@ -12,13 +12,16 @@ from typing import Any
 
 from prefix_store import audit, holds, job_records, layout
 from prefix_store.backends.base import Backend, Blobs, Transaction
+from prefix_store.catalog import Catalog
 from prefix_store.codec import digest_of
-from prefix_store.errors import InvalidRequest
+from prefix_store.errors import InvalidName, InvalidRequest, PrefixNotFound
 from prefix_store.examples import VALIDATION, Example, from_jsonl, to_jsonl
 from prefix_store.job_queue import JobQueue
 from prefix_store.jobs import (
     BUILT_IN_METHODS,
     CHOSEN_BY_DATA,
+    DEFAULTS,
+    METHODS_WITH,
     TRAINABLE_OBJECTIVES,
     JobEvent,
     JobStatus,
@@ -26,7 +29,7 @@ from prefix_store.jobs import (
     TrainingJob,
     TrainingSpec,
 )
-from prefix_store.prefix import check_name
+from prefix_store.prefix import PrefixRef, check_name
 
 NO_OPTIONS = {"data_digest", "examples", "validation_examples", "unset"}
 OPTIONS = frozenset(field.name for field in dataclasses.fields(TrainingSpec)) - NO_OPTIONS
@@ -56,16 +59,34 @@ class JobStore(JobQueue):
 
         `options`: fields of TrainingSpec. `methods`: the names that its `method` may have. `also` is done in the
         transaction that queues. `validation`: examples to judge by; none sets some of the others aside. Raises
-        InvalidName, InvalidTrainingData with the line, InvalidRequest with the field, QuotaExceeded, and what `also`
-        raises.
+        InvalidName, InvalidTrainingData with the line, InvalidRequest with the field, PrefixNotFound for an `init_from`
+        that the tenant may not use, QuotaExceeded, and what `also` raises.
         """
         check_name(tenant, "tenant")
         check_name(name)
         data = to_jsonl(examples) + to_jsonl(validation, VALIDATION)
-        spec = _spec(digest_of(data), len(examples), len(validation), options, methods)
+        _check_options(options, methods)
+        source = self._source(tenant, options.get("init_from"))
+        spec = _spec(digest_of(data), len(examples), len(validation), options, source)
         with holds.held(self._backend, tenant, spec.data_digest) as hold:
             self._blobs.put(data)
             return self._backend.write(partial(_enqueue, _new_id(), tenant, name, spec, by, hold, also))
+
+    def _source(self, tenant: str, asked: Any) -> dict[str, Any]:
+        """`init_from` as the one version that it means now, for the job may run later, and how long that is.
+
+        What is no reference is left for the specification to refuse.
+        """
+        if not isinstance(asked, str):
+            return {"init_from": asked}
+        try:
+            ref = PrefixRef.parse(asked, tenant)
+        except InvalidName as error:
+            raise InvalidName(f"init_from: {error.message}", param="init_from") from None
+        version = Catalog(self._backend).find(ref, tenant)
+        if version is None:
+            raise PrefixNotFound(f"there is no prefix {asked[:80]!r}", param="init_from")
+        return {"init_from": str(version.ref), "virtual_tokens": version.virtual_tokens}
 
     def job(self, tenant: str, job_id: str) -> TrainingJob | None:
         """The job, or None."""
@@ -133,9 +154,7 @@ def _enqueue(
     return job
 
 
-def _spec(
-    data_digest: str, examples: int, validation: int, options: Mapping[str, Any], methods: Sequence[str]
-) -> TrainingSpec:
+def _check_options(options: Mapping[str, Any], methods: Sequence[str]) -> None:
     for name in options:
         if name not in OPTIONS:
             raise InvalidRequest(f"unknown training option {name[:40]!r}", param=name[:40])
@@ -143,10 +162,21 @@ def _spec(
         if name in options and options[name] not in able:
             asked = str(options[name])[:40]
             raise InvalidRequest(f"{name} {asked!r} cannot be trained; what can: {', '.join(able)}", param=name)
+    method = options.get("method", TrainingSpec.method)
+    for name, having in METHODS_WITH.items():
+        if name in options and method in BUILT_IN_METHODS and method not in having:
+            raise InvalidRequest(f"method {method} has no {name}; those that do: {', '.join(having)}", param=name)
+
+
+def _spec(
+    data_digest: str, examples: int, validation: int, options: Mapping[str, Any], source: Mapping[str, Any]
+) -> TrainingSpec:
+    defaults = DEFAULTS.get(options.get("method", TrainingSpec.method), {})
+    chosen = {**source, **defaults, **options, "init_from": source["init_from"]}
     objective = Objective(options.get("objective", TrainingSpec.objective))
-    unset = tuple(name for name in CHOSEN_BY_DATA if name not in options)
-    chosen = {**options, "objective": objective, "validation_examples": validation, "unset": unset}
-    return TrainingSpec(data_digest, examples, **chosen)
+    unset = tuple(name for name in CHOSEN_BY_DATA if name not in chosen)
+    fields = {**chosen, "objective": objective, "validation_examples": validation, "unset": unset}
+    return TrainingSpec(data_digest, examples, **fields)
 
 
 def _new_id() -> str:

@@ -51,10 +51,28 @@ class Objective(StrEnum):
 
 
 # What a worker can do; anything else is refused when it is submitted, not after it has waited.
-BUILT_IN_METHODS = ("prefix", "prompt")
-TRAINABLE_OBJECTIVES = (Objective.LM,)
+BUILT_IN_METHODS = ("prefix", "prefix_mlp", "prompt", "prompt_mlp", "prompt_lstm", "prefix_plus")
+TRAINABLE_OBJECTIVES = tuple(Objective)
 # The options that a worker chooses by the data, where nobody has.
 CHOSEN_BY_DATA = ("virtual_tokens", "steps", "batch_size", "max_length")
+WITH_TOKENS = BUILT_IN_METHODS[:-1]
+# What a built-in method has instead of TrainingSpec's own default.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "prefix_mlp": {"learning_rate": 0.03},
+    "prompt": {"learning_rate": 0.3},
+    "prompt_mlp": {"learning_rate": 0.03},
+    "prompt_lstm": {"learning_rate": 0.01},
+    "prefix_plus": {"virtual_tokens": 0},
+}
+# The built-in methods to which an option says something; a plugged-in method may use any.
+METHODS_WITH = {
+    "virtual_tokens": WITH_TOKENS,
+    "init": WITH_TOKENS,
+    "init_text": WITH_TOKENS,
+    "frozen_tokens": ("prefix", "prefix_mlp"),
+    "bottleneck": ("prefix_mlp", "prompt_mlp", "prompt_lstm"),
+    "feature_map": ("prefix_plus",),
+}
 METHOD_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 
@@ -81,14 +99,19 @@ class TrainingSpec:
 
     `method` names how the prefix is tuned, which is not what its file holds (`prefix.Method`). `steps` optimiser steps
     of `batch_size` examples; an example longer than `max_length` tokens loses its prompt's beginning first.
-    `learning_rate` is, for the built-in methods, a share of the spread of what they tune, a layer's keys or values or
-    the input embeddings, and so means the same on every model: 0.02 to 0.4 learn with prefix and 0.1 to 1 with prompt,
-    more where the text is unlike what the model writes. `template`: text with one `{prompt}`, in which prompts stand
-    here and when the prefix is served. `base_digest`: the model that the prefix is wanted for; None trusts whichever
-    the worker has. `validation_examples`: how many lines of the blob, behind those to learn from, are to judge by; 0
-    sets some of the others aside. `chat_template`: what messages are written by; None is the tokenizer's own. `unset`:
-    options that nobody chose, of CHOSEN_BY_DATA; what stands in them gives way to what the worker finds right for the
-    data.
+    `template`: text with one `{prompt}`, in which prompts stand here and when the prefix is served. `base_digest`: the
+    model that the prefix is wanted for; None trusts whichever the worker has. `validation_examples`: how many lines of
+    the blob, behind those to learn from, are to judge by; 0 sets some of the others aside. `chat_template`: what
+    messages are written by; None is the tokenizer's own. `unset`: options that nobody chose, of CHOSEN_BY_DATA; what
+    stands in them gives way to what the worker finds right for the data.
+
+    `learning_rate` is the peak of `schedule`, which is reached after `warmup`, a part of the steps from 0 to 1. For the
+    built-in methods it is a share of the spread of what they tune, and so means the same on every model.
+    `weight_decay` leads back to the start.
+
+    The prefix starts as the examples, as `init_text`, as random tokens (`init`) or as another prefix (`init_from`).
+    Its first `frozen_tokens` stay as they are. `bottleneck`: the inner width of an encoder. `feature_map`: phi of a
+    memory. `context`: the text that objective `distil` teaches the prefix.
     """
 
     data_digest: str
@@ -107,15 +130,33 @@ class TrainingSpec:
     validation_examples: int = 0
     chat_template: str | None = None
     unset: tuple[str, ...] = ()
+    schedule: str = "linear"
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    init: str = "text"
+    init_from: str | None = None
+    frozen_tokens: int = 1
+    bottleneck: int = 512
+    feature_map: str = "elu"
+    context: str | None = None
 
     # inclusive bounds of every number a user may set
     LIMITS = {  # noqa: RUF012  (a constant table, not a field)
-        "virtual_tokens": (1, 4096),
+        "virtual_tokens": (0, 4096),
         "steps": (1, 100_000),
         "batch_size": (1, 256),
         "learning_rate": (1e-7, 10.0),
         "max_length": (2, 32_768),
         "seed": (0, 2**63 - 1),
+        "warmup": (0.0, 1.0),
+        "weight_decay": (0.0, 10.0),
+        "frozen_tokens": (0, 4096),
+        "bottleneck": (1, 8192),
+    }
+    CHOICES = {  # noqa: RUF012
+        "schedule": ("linear", "cosine"),
+        "init": ("text", "random_tokens"),
+        "feature_map": ("elu", "gelu"),
     }
 
     def __post_init__(self) -> None:
@@ -128,12 +169,31 @@ class TrainingSpec:
                 raise InvalidRequest(f"{name} must be {kind} from {low} to {high}, got {str(value)[:40]}", param=name)
         if not isinstance(self.method, str) or not METHOD_NAME.fullmatch(self.method):
             raise InvalidRequest(f"method must be a method's name, got {str(self.method)[:40]!r}", param="method")
-        if not isinstance(self.init_text, str | None):
-            raise InvalidRequest("init_text must be a text", param="init_text")
+        for name in ("init_text", "init_from", "context"):
+            if not isinstance(getattr(self, name), str | None):
+                raise InvalidRequest(f"{name} must be a text", param=name)
+        for name, able in self.CHOICES.items():
+            if getattr(self, name) not in able:
+                asked = str(getattr(self, name))[:40]
+                raise InvalidRequest(f"{name} must be {' or '.join(able)}, got {asked!r}", param=name)
         if self.template is not None:
             check_template(self.template, param="template")
         if self.examples < 1:
             raise InvalidRequest("training needs at least one example", param="examples")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if (self.virtual_tokens == 0) != (self.method == "prefix_plus"):
+            expected = "0 for prefix_plus, which has none," if self.virtual_tokens else "at least 1"
+            raise InvalidRequest(f"virtual_tokens must be {expected} got {self.virtual_tokens}", param="virtual_tokens")
+        starts = [name for name in ("init_text", "init_from") if getattr(self, name) is not None]
+        starts += ["init"] if self.init != "text" else []
+        if len(starts) > 1:
+            raise InvalidRequest(f"a prefix starts from one thing, got {' and '.join(starts)}", param=starts[1])
+        if (self.context is not None) != (self.objective == Objective.DISTIL):
+            raise InvalidRequest("objective distil needs a context, and no other objective has one", param="context")
+        if self.learning_rate * self.weight_decay > 1:
+            raise InvalidRequest("weight_decay times learning_rate must be at most 1", param="weight_decay")
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, as the backends keep it."""

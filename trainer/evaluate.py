@@ -17,11 +17,11 @@ from trainer.forward import Group
 def nats_per_token(
     frozen: FrozenModel, rows: Callable[[int], PrefixRows] | None, batches: Iterable[Sequence[Example]]
 ) -> float:
-    """Mean -log p over every completion token of the batches, at least one; `rows` None is the bare model."""
+    """Mean loss over every token that counts in the batches, at least one; `rows` None is the bare model."""
     nats, tokens = 0.0, 0
     for examples in batches:
         group = Group(rows(len(examples)) if rows is not None else None, examples)
         (logits,) = forward.logits(frozen, [group])
-        nats += objective.nats(logits, group.labels).item()
+        nats += objective.loss(logits, group).item() * len(logits)
         tokens += len(logits)
     return nats / tokens

@@ -6,13 +6,12 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import chain
 
 from prefix_store.errors import InvalidRequest, PrefixMismatch, StoreUnavailable
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import PrefixVersion
 from prefix_store.store import Store
-from trainer import data, samples
+from trainer import data, samples, source, teacher
 from trainer.data import Example
 from trainer.evaluate import nats_per_token
 from trainer.lease import Lease
@@ -41,8 +40,8 @@ class JobRun:
     def publish(self) -> PrefixVersion:
         """Trains the prefix and saves it as the next version of its name.
 
-        Raises what the lease raises, PrefixMismatch, InvalidTrainingData, InvalidRequest, ModelUnsupported,
-        FloatingPointError and StoreUnavailable.
+        Raises what the lease raises, PrefixMismatch, PrefixNotFound, InvalidTrainingData, InvalidRequest,
+        ModelUnsupported, FloatingPointError and StoreUnavailable.
         """
         if self._spec.base_digest not in (None, self._frozen.digest):
             raise PrefixMismatch(
@@ -55,8 +54,12 @@ class JobRun:
         parts = data.prepare(self._frozen, self._spec, jobs.examples(self._job), validation)
         self._tell(parts.summary, chosen={name: getattr(parts.spec, name) for name in parts.chosen})
         self._spec = parts.spec
-        text = chain.from_iterable(example.ids for example in parts.train)
-        method = new_method(self._frozen, self._spec, text)
+        if self._spec.context is not None:
+            ask = partial(teacher.taught, self._frozen, self._spec.context, batch_size=self._spec.batch_size)
+            train, valid = (ask(examples, check=self._lease.check) for examples in (parts.train, parts.valid))
+            parts = dataclasses.replace(parts, train=train, valid=valid)
+        start = source.start(self._store, self._job, self._frozen, parts.train)
+        method = new_method(self._frozen, self._spec, start)
         validate = partial(self._validate, method, parts.valid) if parts.valid else None
         result = fit(self._frozen, method, parts.train, self._spec, validate=validate, on_progress=self._hear)
         self._tell(summary(result))

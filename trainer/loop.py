@@ -1,4 +1,4 @@
-"""The training loop: one prefix, one frozen model, the completions' tokens. Knows no jobs and no store."""
+"""The training loop: one prefix, one frozen model, the tokens that count. Knows no jobs and no store."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ from prefix_store.errors import ModelUnsupported
 from prefix_store.jobs import TrainingSpec
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.tensors import PrefixTensors
-from trainer import forward, objective
+from trainer import forward, objective, schedule
 from trainer.data import Example, shuffled_batches
 from trainer.forward import Group
 from trainer.methods.base import TuningMethod
 
-WARMUP_SHARE = 0.05
 VALIDATIONS = 10  # a run, besides the one at its start
 CLIP = 1.0
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands after a step; losses in nats per completion token."""
+    """Where a run stands after a step; losses in nats per token that counts."""
 
     step: int
     total_steps: int
@@ -61,13 +60,14 @@ def fit(
     `on_progress` hears of every step and stops the run by raising. Raises ModelUnsupported where a layer gets no
     gradient, FloatingPointError where the loss is no number.
     """
-    optimiser = torch.optim.AdamW(method.parameters(), weight_decay=0.0)
+    optimiser = torch.optim.AdamW(method.parameters(), weight_decay=spec.weight_decay)
     start_loss = _number(validate(), "validation") if validate is not None else None
     best = Fit(method.tensors(), 0, start_loss, start_loss)
     started, tokens = clock(), 0
     stream = shuffled_batches(examples, spec.batch_size, spec.seed)
     for step in range(1, spec.steps + 1):
-        batch, rate = next(stream), spec.learning_rate * schedule(step, spec.steps)
+        batch = next(stream)
+        rate = spec.learning_rate * schedule.share(spec.schedule, step, spec.steps, spec.warmup)
         train_loss = _update(frozen, method, optimiser, batch, rate)
         valid_loss = None
         if validate is not None and is_due(step, spec.steps, VALIDATIONS):
@@ -81,12 +81,6 @@ def fit(
     return best if validate is not None else Fit(method.tensors(), spec.steps, None, None)
 
 
-def schedule(step: int, steps: int) -> float:
-    """The share of the peak rate at a step, counted from 1: up in a line for 5 % of the run, then down towards 0."""
-    warmup = max(1, round(WARMUP_SHARE * steps))
-    return min(step / warmup, (steps - step + 1) / (steps - warmup + 1))
-
-
 def is_due(step: int, steps: int, times: int) -> bool:
     """Whether a step, counted from 1, is one of at most `times` spread evenly over the run, or its last."""
     return step == steps or step % math.ceil(steps / times) == 0
@@ -95,10 +89,10 @@ def is_due(step: int, steps: int, times: int) -> bool:
 def _update(
     frozen: FrozenModel, method: TuningMethod, optimiser: torch.optim.Optimizer, batch: list[Example], rate: float
 ) -> float:
-    """One step; returns the loss before it, averaged over the batch's completion tokens."""
+    """One step; returns the loss before it, averaged over the batch's tokens that count."""
     group = Group(method.rows(len(batch)), batch)
     (logits,) = forward.logits(frozen, [group])
-    loss = objective.nats(logits, group.labels) / len(logits)
+    loss = objective.loss(logits, group)
     number = _number(loss.item(), "training")
     optimiser.zero_grad()
     loss.backward()

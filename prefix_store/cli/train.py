@@ -12,6 +12,7 @@ from prefix_store.cli import watch
 from prefix_store.cli.client import Client, checked, connect, fail
 from prefix_store.cli.terminal import clock, printable
 from prefix_store.examples import Example
+from prefix_store.jobs import BUILT_IN_METHODS
 
 BY_DATA = "Default: chosen by the data."
 
@@ -30,11 +31,20 @@ def train(
         ),
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="How it is tuned: prefix, prompt, or one plugged in. Default: prefix.")
+        str | None, typer.Option(help=f"{', '.join(BUILT_IN_METHODS)}, or one plugged in. Default: prefix.")
     ] = None,
     virtual_tokens: Annotated[int | None, typer.Option(help=f"The prefix's length. {BY_DATA}")] = None,
     steps: Annotated[int | None, typer.Option(help=f"Optimiser steps. {BY_DATA}")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. Default: the method's.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="How it falls from there: linear or cosine. Default: linear.")
+    ] = None,
+    warmup: Annotated[
+        float | None, typer.Option(help="The part of the steps that leads up to it. Default: 0.05.")
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="How strongly it is drawn back to its start. Default: 0.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help=f"Examples a step. {BY_DATA}")] = None,
     max_length: Annotated[
         int | None, typer.Option(help=f"Tokens of an example; a longer one loses its prompt's beginning. {BY_DATA}")
@@ -42,6 +52,17 @@ def train(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same prefix. Default: 0.")] = None,
     init_text: Annotated[
         str | None, typer.Option(help="Text that the prefix starts from. Default: the examples'.")
+    ] = None,
+    init_from: Annotated[str | None, typer.Option(help="Another prefix to start from: name or name@version.")] = None,
+    init: Annotated[str | None, typer.Option(help="random_tokens: start from no text.")] = None,
+    frozen_tokens: Annotated[
+        int | None, typer.Option(help="How many virtual tokens stay as they start. Default: 1.")
+    ] = None,
+    bottleneck: Annotated[int | None, typer.Option(help="The inner width of an MLP or LSTM. Default: 512.")] = None,
+    feature_map: Annotated[str | None, typer.Option(help="elu or gelu, for prefix_plus. Default: elu.")] = None,
+    context: Annotated[
+        Path | None,
+        typer.Option(help="A text file: answer as if it stood before the prompt.", exists=True, dir_okay=False),
     ] = None,
     template: Annotated[
         str | None, typer.Option(help="Text with one {prompt}, in which every prompt stands. Default: none.")
@@ -51,13 +72,23 @@ def train(
     """Train a prefix on a running server's worker. No more is needed than a name and the data."""
     options = {
         "method": method,
+        "objective": "distil" if context is not None else None,
         "virtual_tokens": virtual_tokens,
         "steps": steps,
         "learning_rate": learning_rate,
+        "schedule": schedule,
+        "warmup": warmup,
+        "weight_decay": weight_decay,
         "batch_size": batch_size,
         "max_length": max_length,
         "seed": seed,
         "init_text": init_text,
+        "init_from": init_from,
+        "init": init,
+        "frozen_tokens": frozen_tokens,
+        "bottleneck": bottleneck,
+        "feature_map": feature_map,
+        "context": read_text(context) if context is not None else None,
         "template": template,
         "validation_examples": read_examples(validation) if validation is not None else None,
     }
@@ -79,6 +110,14 @@ def read_examples(path: Path) -> list[Example]:
     if not found:
         fail(f"{path} has no examples")
     return found
+
+
+def read_text(path: Path) -> str:
+    """A text file. Ends the command where it is none."""
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        fail(f"{path}: not UTF-8")
 
 
 def _watch(server: Client, job: dict[str, Any]) -> dict[str, Any]:

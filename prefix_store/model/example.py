@@ -5,10 +5,13 @@ What stands before an answer is encoded as serving encodes it, so that training 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
+
+import torch
 
 from prefix_store.errors import ChatTemplateMissing, InvalidRequest, InvalidTrainingData
 from prefix_store.examples import is_learned
@@ -16,15 +19,25 @@ from prefix_store.model import prompt
 
 
 @dataclass(frozen=True)
+class TopTokens:
+    """What a teacher holds likeliest at each token that counts, `[C, 20]`: `ids` int32, `probabilities` float16."""
+
+    ids: torch.Tensor
+    probabilities: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Example:
     """Token ids of a prompt and its completion; the first `prompt_length` (at least 1) are only conditioned on.
 
     `answers`: of a conversation with several, the places of each, in order; the first begins at `prompt_length`.
+    `teacher`: what is to be learned instead of the tokens themselves.
     """
 
     ids: tuple[int, ...]
     prompt_length: int
     answers: tuple[range, ...] = ()
+    teacher: TopTokens | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def targets(self) -> Sequence[int]:

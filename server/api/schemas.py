@@ -21,6 +21,7 @@ Integer = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 # the first wrong item is enough: an error for each of a million would keep every other call waiting
 Integers = Annotated[list[Integer], Field(fail_fast=True)]
 Examples = Annotated[list[dict[str, Any]], Field(fail_fast=True, min_length=1)]
+LONGEST_TEXT = 100_000  # characters of a text that comes with a job beside its examples
 # as Python writes an id, so that none can be given twice
 TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
@@ -107,8 +108,17 @@ class TrainBody(Body):
     steps: Integer | None = None
     batch_size: Integer | None = None
     learning_rate: float | None = None
+    schedule: str | None = None
+    warmup: float | None = None
+    weight_decay: float | None = None
     max_length: Integer | None = None
-    init_text: str | None = Field(default=None, min_length=1, max_length=100_000)
+    init: str | None = None
+    init_text: str | None = Field(default=None, min_length=1, max_length=LONGEST_TEXT)
+    init_from: str | None = None
+    frozen_tokens: Integer | None = None
+    bottleneck: Integer | None = None
+    feature_map: str | None = None
+    context: str | None = Field(default=None, min_length=1, max_length=LONGEST_TEXT)
     template: str | None = None
     seed: Integer | None = None
 

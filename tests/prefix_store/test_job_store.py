@@ -2,9 +2,16 @@ import re
 
 import pytest
 
-from prefix_store.errors import InvalidName, InvalidRequest, InvalidTrainingData, QuotaExceeded, StoreCorrupt
+from prefix_store.errors import (
+    InvalidName,
+    InvalidRequest,
+    InvalidTrainingData,
+    PrefixNotFound,
+    QuotaExceeded,
+    StoreCorrupt,
+)
 from prefix_store.jobs import JobStatus, Objective, TrainingSpec
-from tests.prefix_store.samples import damage
+from tests.prefix_store.samples import LENGTH, damage, manifest, tensors
 
 EXAMPLES = [
     {"prompt": "Grüße\u2028", "completion": "two\nlines"},
@@ -85,9 +92,17 @@ def test_examples_to_judge_by_are_kept_behind_those_to_learn_from(store, jobs):
         ({"method": ["prefix"]}, "method"),
         ({"objective": "win"}, "objective"),
         ({"init_text": 1}, "init_text"),
-        ({"method": "prefix_plus"}, "method"),
+        ({"method": "prefix_minus"}, "method"),
         ({"objective": ["lm"]}, "objective"),
-        ({"objective": "distil"}, "objective"),
+        ({"objective": "distil"}, "context"),
+        ({"context": "a text"}, "context"),
+        ({"method": "prefix_plus", "virtual_tokens": 4}, "virtual_tokens"),
+        ({"method": "prefix_plus", "init_text": "a"}, "init_text"),
+        ({"method": "prompt", "frozen_tokens": 0}, "frozen_tokens"),
+        ({"bottleneck": 8}, "bottleneck"),
+        ({"method": "prefix_mlp", "feature_map": "gelu"}, "feature_map"),
+        ({"init_from": "No Name"}, "init_from"),
+        ({"init_from": 3}, "init_from"),
     ],
 )
 def test_bad_options_are_refused_by_name(jobs, options, field):
@@ -99,10 +114,48 @@ def test_bad_options_are_refused_by_name(jobs, options, field):
 
 def test_a_method_may_be_any_that_the_caller_allows(jobs):
     assert jobs.submit("acme", "support", EXAMPLES, {"method": "prompt"}).spec.method == "prompt"
-    with pytest.raises(InvalidRequest, match=r"^method 'low_rank' cannot be trained; what can: prefix, prompt$"):
+    with pytest.raises(
+        InvalidRequest, match=r"^method 'low_rank' cannot be trained; what can: prefix, .*, prefix_plus"
+    ):
         jobs.submit("acme", "support", EXAMPLES, {"method": "low_rank"})
     allowed = jobs.submit("acme", "support", EXAMPLES, {"method": "low_rank"}, methods=["prefix", "low_rank"])
     assert jobs.job("acme", allowed.id).spec.method == "low_rank"
+
+
+def test_a_method_s_own_default_is_one_that_the_job_may_change(jobs):
+    assert jobs.submit("acme", "support", EXAMPLES, {"method": "prompt"}).spec.learning_rate == 0.3
+    asked = {"method": "prompt", "learning_rate": 0.2}
+    assert jobs.submit("acme", "support", EXAMPLES, asked).spec.learning_rate == 0.2
+
+
+def test_a_memory_has_no_virtual_tokens(jobs):
+    assert jobs.submit("acme", "support", EXAMPLES, {"method": "prefix_plus"}).spec.virtual_tokens == 0
+
+
+def test_a_plugged_in_method_may_use_any_option(jobs):
+    options = {"method": "low_rank", "bottleneck": 2, "feature_map": "gelu", "frozen_tokens": 3}
+    spec = jobs.submit("acme", "support", EXAMPLES, options, methods=["low_rank"]).spec
+    assert {name: getattr(spec, name) for name in options} == options
+
+
+def test_a_prefix_to_start_from_is_named_for_good_and_lends_its_length(store, jobs):
+    for _ in range(2):
+        of = manifest()
+        store.prefixes.save("acme", "first", of, tensors(of))
+    spec = jobs.submit("acme", "support", EXAMPLES, {"init_from": "first"}).spec
+    assert (spec.init_from, spec.virtual_tokens) == ("acme/first@2", LENGTH)
+    spec = jobs.submit("acme", "support", EXAMPLES, {"init_from": "first@1", "virtual_tokens": 7}).spec
+    assert (spec.init_from, spec.virtual_tokens) == ("acme/first@1", 7)
+
+
+def test_a_prefix_to_start_from_must_be_the_tenant_s_to_use(store, jobs):
+    of = manifest()
+    store.prefixes.save("other", "secret", of, tensors(of))
+    for asked in ("absent", "other/secret"):
+        with pytest.raises(PrefixNotFound) as caught:
+            jobs.submit("acme", "support", EXAMPLES, {"init_from": asked})
+        assert caught.value.param == "init_from"
+    assert jobs.jobs("acme", None, 10) == []
 
 
 def test_a_text_that_is_no_unicode_is_kept_as_it_came(jobs):

@@ -19,8 +19,9 @@ def test_final_statuses():
 
 def test_spec_survives_json():
     spec = TrainingSpec(
-        "d" * 64, 3, "low_rank", Objective.DISTIL, init_text="Hello", template="{prompt}.", seed=7, unset=("steps",)
-    )
+        "d" * 64, 3, "low_rank", Objective.DISTIL, init_text="Hello", template="{prompt}.", seed=7, unset=("steps",),
+        context="A text.",
+    )  # fmt: skip
     assert TrainingSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
@@ -77,6 +78,19 @@ def test_a_method_file_with_a_bad_name_is_refused(setting, reason):
         ("seed", -1),
         ("seed", 2**63),
         ("init_text", 3),
+        ("init_from", 3),
+        ("context", 3),
+        ("context", "a text"),
+        ("init", "zeros"),
+        ("init", ["text"]),
+        ("schedule", "step"),
+        ("feature_map", None),
+        ("warmup", 1.1),
+        ("warmup", -0.1),
+        ("weight_decay", -1),
+        ("weight_decay", 10.5),
+        ("bottleneck", 0),
+        ("frozen_tokens", -1),
         ("examples", 0),
     ],
 )
@@ -88,3 +102,21 @@ def test_spec_names_the_field_it_refuses(field, value):
 
 def test_bounds_are_inclusive():
     TrainingSpec("d" * 64, 1, virtual_tokens=4096, steps=1, learning_rate=10, seed=2**63 - 1)
+    TrainingSpec("d" * 64, 1, learning_rate=0.1, weight_decay=10, warmup=1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"init_text": "a", "init_from": "b"}, "init_from"),
+        ({"init_text": "a", "init": "random_tokens"}, "init"),
+        ({"learning_rate": 10, "weight_decay": 0.2}, "weight_decay"),
+        ({"method": "prefix_plus"}, "virtual_tokens"),
+        ({"objective": Objective.DISTIL}, "context"),
+        ({"method": "prompt", "virtual_tokens": 0}, "virtual_tokens"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(fields, param):
+    with pytest.raises(InvalidRequest) as caught:
+        TrainingSpec("d" * 64, 1, **fields)
+    assert caught.value.param == param

@@ -5,6 +5,7 @@ import socket
 import pytest
 from prometheus_client import CollectorRegistry
 
+from prefix_store.jobs import BUILT_IN_METHODS
 from tests.models import save_tiny
 from trainer import __main__ as program
 from trainer.settings import Settings
@@ -43,7 +44,7 @@ def test_a_method_of_ones_own_stands_in_the_start_line(tmp_path, capsys):
         model=str(folder), store=f"sqlite:///{tmp_path}/store.db", device="cpu", methods=f"{tmp_path}/mine.py"
     )
     program.make_worker(chosen, CollectorRegistry())
-    assert " by prefix, prompt, mine in float32 " in capsys.readouterr().out
+    assert f" by {', '.join(BUILT_IN_METHODS)}, mine in float32 " in capsys.readouterr().out
 
 
 def test_a_method_that_cannot_be_used_ends_the_start(tmp_path, monkeypatch):

@@ -119,7 +119,7 @@ def test_a_method_that_the_worker_lacks_fails_the_job(store):
     failed = now(store, job)
     assert (failed.status, versions(store)) == (JobStatus.FAILED, 0)
     assert failed.error is not None
-    assert failed.error.message.startswith("this worker has no method 'low_rank', only prefix, prompt;")
+    assert failed.error.message.startswith("this worker has no method 'low_rank', only prefix, ")
 
 
 def test_a_job_tells_how_it_goes(store):

@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from trainer.methods.base import NewMethod
 from trainer.methods.prefix import DirectKV
+from trainer.methods.prefix_mlp import MLPPrefix
+from trainer.methods.prefix_plus import HeadMemory
 from trainer.methods.prompt import SoftPrompt
+from trainer.methods.prompt_encoded import LSTMPrompt, MLPPrompt
 
-METHODS: dict[str, NewMethod] = {"prefix": DirectKV, "prompt": SoftPrompt}
+METHODS: dict[str, NewMethod] = {
+    "prefix": DirectKV,
+    "prefix_mlp": MLPPrefix,
+    "prompt": SoftPrompt,
+    "prompt_mlp": MLPPrompt,
+    "prompt_lstm": LSTMPrompt,
+    "prefix_plus": HeadMemory,
+}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import ClassVar, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from prefix_store.model.apply import PrefixRows
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import Method, PrefixManifest, Window
 from prefix_store.tensors import PAYLOADS, PrefixTensors
+from trainer.methods.start import Start
 
 
 class TuningMethod(Protocol):
@@ -34,8 +35,9 @@ class TuningMethod(Protocol):
         """A copy of the prefix as it is now, canonical, float32, on the CPU."""
 
 
-# Makes a method from the frozen model, the job's specification and the token ids of its training text.
-NewMethod = Callable[[FrozenModel, TrainingSpec, Iterable[int]], TuningMethod]
+# Makes a method from the frozen model, the job's specification and what the prefix starts from: the token ids of the
+# training text, or the tensors of another prefix where the job names one.
+NewMethod = Callable[[FrozenModel, TrainingSpec, Start], TuningMethod]
 
 
 class KVMethod(ABC):

@@ -7,29 +7,24 @@ in units of what is usual in its layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 
 from prefix_store.jobs import TrainingSpec
-from prefix_store.model import apply
 from prefix_store.model.frozen import FrozenModel
 from trainer.methods.base import KVMethod
-from trainer.methods.start import initial_ids
+from trainer.methods.start import Start, initial_kv
 
 
 class DirectKV(KVMethod):
     """`P` virtual tokens as free KV `[L, 2, Hkv, P, D]`, of which the first, a sink for attention, stays as it began.
 
-    Keeping the first token is Cartridges' measure against forgetting (Eyuboglu et al. 2025). A single virtual token is
-    tuned all the same.
+    Keeping the first token is Cartridges' measure against forgetting (Eyuboglu et al. 2025); `spec.frozen_tokens` says
+    how many are kept. The last virtual token is tuned all the same.
     """
 
-    def __init__(self, frozen: FrozenModel, spec: TrainingSpec, text: Iterable[int]) -> None:
+    def __init__(self, frozen: FrozenModel, spec: TrainingSpec, start: Start) -> None:
         super().__init__(frozen, spec)
-        kv = apply.prefill_kv(frozen, initial_ids(frozen.tokenizer, spec, text))
-        kept = 1 if spec.virtual_tokens > 1 else 0
-        self._sink, self._start = kv[:, :, :, :kept], kv[:, :, :, kept:]
+        self._sink, self._start = split_sink(initial_kv(frozen, spec, start), spec)
         self._scale = self._start.std(dim=(2, 3, 4), keepdim=True)
         self.delta = torch.nn.Parameter(torch.zeros_like(self._start))
 
@@ -40,3 +35,9 @@ class DirectKV(KVMethod):
     def kv(self) -> torch.Tensor:
         """The prefix now, `[L, 2, Hkv, P, D]`."""
         return torch.cat([self._sink, self._start + self._scale * self.delta], dim=3)
+
+
+def split_sink(kv: torch.Tensor, spec: TrainingSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """KV `[L, 2, Hkv, P, D]` as the first tokens, which are kept, and the others, which are tuned: one at least."""
+    kept = min(spec.frozen_tokens, spec.virtual_tokens - 1)
+    return kv[:, :, :, :kept], kv[:, :, :, kept:]

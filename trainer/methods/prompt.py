@@ -6,7 +6,7 @@ as `prefix` is: a step of Adam moves each number by about the rate, in units of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from abc import abstractmethod
 
 import torch
 
@@ -16,11 +16,11 @@ from prefix_store.model import apply
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import Method, Window
 from trainer.methods.base import KVMethod
-from trainer.methods.start import initial_ids
+from trainer.methods.start import Start, initial_embeds
 
 
-class SoftPrompt(KVMethod):
-    """`P` virtual tokens as free input embeddings `[P, E]`; the model makes their keys and values, layer by layer.
+class PromptMethod(KVMethod):
+    """A method that makes `P` input embeddings `[P, E]`; the model makes their keys and values, layer by layer.
 
     To the model they are tokens like any other at positions 0 to P - 1, so a sliding window leaves them behind.
     """
@@ -28,16 +28,36 @@ class SoftPrompt(KVMethod):
     payload = Method.PROMPT
     window = Window.SLIDES
 
-    def __init__(self, frozen: FrozenModel, spec: TrainingSpec, text: Iterable[int]) -> None:
-        super().__init__(frozen, spec)
-        ids = torch.tensor(initial_ids(frozen.tokenizer, spec, text), device=frozen.device)
-        self._start = frozen.model.get_input_embeddings()(ids).detach().float()
-        width, expected = self._start.shape[1], frozen.geometry.hidden_size
+    @abstractmethod
+    def embeds(self) -> torch.Tensor:
+        """The prompt now, `[P, E]`, differentiable in the parameters."""
+
+    def kv(self) -> torch.Tensor:
+        """What the frozen model makes of it, `[L, 2, Hkv, P, D]`."""
+        return apply.prefill_embeds(self.frozen, self.embeds())
+
+    def content(self) -> torch.Tensor:
+        """The embeddings: the file keeps what was tuned."""
+        return self.embeds()
+
+    def initial_embeds(self, spec: TrainingSpec, start: Start) -> torch.Tensor:
+        """Where the prompt starts, `[P, E]`. Raises ModelUnsupported where the layers are not as wide."""
+        embeds = initial_embeds(self.frozen, spec, start)
+        width, expected = embeds.shape[1], self.frozen.geometry.hidden_size
         if width != expected:
             raise ModelUnsupported(
-                f"{frozen.geometry.family}: its input embeddings have {width} numbers and its layers {expected}; "
+                f"{self.frozen.geometry.family}: its input embeddings have {width} numbers and its layers {expected}; "
                 "a soft prompt needs them to be as many"
             )
+        return embeds
+
+
+class SoftPrompt(PromptMethod):
+    """`P` virtual tokens as free input embeddings `[P, E]`."""
+
+    def __init__(self, frozen: FrozenModel, spec: TrainingSpec, start: Start) -> None:
+        super().__init__(frozen, spec)
+        self._start = self.initial_embeds(spec, start)
         self._scale = self._start.std()
         self.delta = torch.nn.Parameter(torch.zeros_like(self._start))
 
@@ -48,11 +68,3 @@ class SoftPrompt(KVMethod):
     def embeds(self) -> torch.Tensor:
         """The prompt now, `[P, E]`."""
         return self._start + self._scale * self.delta
-
-    def kv(self) -> torch.Tensor:
-        """What the frozen model makes of it, `[L, 2, Hkv, P, D]`."""
-        return apply.prefill_embeds(self.frozen, self.embeds())
-
-    def content(self) -> torch.Tensor:
-        """The embeddings: the file keeps what was tuned."""
-        return self.embeds()

@@ -13,6 +13,7 @@ import typer
 from prefix_store.cli import train, watch
 from prefix_store.cli.client import Client
 from prefix_store.examples import EXPECTED
+from prefix_store.job_store import OPTIONS
 from prefix_store.jobs import JobError, JobStatus, TrainingJob
 from tests.models import random_kv
 from tests.prefix_store.cli.conftest import HOSTILE, SPELT, Antefix, Instead, Running
@@ -126,7 +127,7 @@ def test_the_first_bad_lines_are_named_and_no_more_than_five(antefix: Antefix, t
 
 def test_help_tells_every_default(antefix: Antefix) -> None:
     shown = " ".join(antefix("train", "--help").stdout.replace("│", "").split())
-    assert (shown.count("Default:"), shown.count("Default: chosen by the data.")) == (10, 4)
+    assert (shown.count("Default:"), shown.count("Default: chosen by the data.")) == (16, 4)
 
 
 def test_blank_lines_are_passed_over_and_no_line_is_an_error(data: Path, tmp_path: Path) -> None:
@@ -177,6 +178,34 @@ def test_all_shapes_are_sent(antefix: Antefix, running: Running, tmp_path: Path)
     assert job is not None
     assert running.store.jobs.examples(job) == lines
     antefix("jobs", "cancel", job_id)
+
+
+def test_every_option_of_a_job_can_be_given(
+    antefix: Antefix, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[dict[str, Any]] = []
+    monkeypatch.setattr(Client, "post", lambda client, path, json: sent.append(json) or {"job": {"id": "ftjob-x"}})
+    (tmp_path / "context").write_text("\ufeffA long text.", encoding="utf-8")
+    options: dict[str, Any] = {
+        **{"method": "prefix_mlp", "virtual_tokens": 4, "steps": 5, "learning_rate": 0.2, "batch_size": 3, "seed": 7},
+        **{"schedule": "cosine", "warmup": 0.1, "weight_decay": 0.5, "max_length": 64, "template": "{prompt}:"},
+        **{"init": "random_tokens", "init_text": "a", "init_from": "b@1", "frozen_tokens": 2, "bottleneck": 8},
+        **{"feature_map": "gelu"},
+    }
+    given = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    result = antefix("train", "--no-wait", "--name", "x", "--data", data, "--context", tmp_path / "context", *given)
+    assert result.exit_code == 0, result.stderr
+    body = sent.pop()
+    del body["examples"]
+    assert body == options | {"objective": "distil", "context": "A long text."}
+    assert set(body) == OPTIONS - {"base_digest", "chat_template"}
+
+
+def test_a_context_that_is_no_text_is_refused(antefix: Antefix, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "context").write_bytes(b"\xff")
+    result = antefix("train", "--no-wait", "--name", "x", "--data", data, "--context", tmp_path / "context")
+    assert result.exit_code == 1
+    assert "context: not UTF-8" in result.stderr
 
 
 def test_a_method_that_nobody_knows_is_refused_by_the_server(antefix: Antefix, data: Path) -> None:

@@ -3,9 +3,10 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from prefix_store.jobs import TrainingSpec
+from prefix_store.jobs import BUILT_IN_METHODS, TrainingSpec
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.store import Store
+from tests.server import artefacts
 from tests.server.conftest import Serve
 
 EXAMPLES = [{"prompt": "2+2=", "completion": "4"}, {"prompt": "", "completion": "ok"}]
@@ -61,7 +62,14 @@ def test_a_job_is_queued_with_its_examples_and_options(client: TestClient, store
         ({"examples": EXAMPLES, "learning_rate": 1e9}, "learning_rate"),
         ({"examples": EXAMPLES, "method": "lora"}, "method"),
         ({"examples": EXAMPLES, "method": 3}, "method"),
-        ({"examples": EXAMPLES, "objective": "distil"}, "objective"),
+        ({"examples": EXAMPLES, "objective": "distil"}, "context"),
+        ({"examples": EXAMPLES, "context": "a text"}, "context"),
+        ({"examples": EXAMPLES, "context": "", "objective": "distil"}, "context"),
+        ({"examples": EXAMPLES, "schedule": "step"}, "schedule"),
+        ({"examples": EXAMPLES, "warmup": 2}, "warmup"),
+        ({"examples": EXAMPLES, "weight_decay": "1"}, "weight_decay"),
+        ({"examples": EXAMPLES, "bottleneck": 4}, "bottleneck"),
+        ({"examples": EXAMPLES, "method": "prefix_plus", "virtual_tokens": 4}, "virtual_tokens"),
         ({"examples": EXAMPLES, "objective": "rl"}, "objective"),
         ({"examples": EXAMPLES, "virtual_tokens": 4000}, "virtual_tokens"),
         ({"examples": EXAMPLES, "template": "no place"}, "template"),
@@ -133,6 +141,25 @@ def test_methods_are_those_built_in_and_those_the_server_was_told_of(serve: Serv
     assert refused.json()["error"] == {
         "message": message, "type": "invalid_request_error", "param": "method", "code": "invalid_request"
     }  # fmt: skip
+
+
+def test_every_method_and_objective_can_be_asked_for(client: TestClient) -> None:
+    for method in BUILT_IN_METHODS:
+        job = train(client, method=method, objective="distil", context="A text.", schedule="cosine", warmup=0)
+        shown = job["options"]
+        assert shown["method"] == method
+        assert (shown["objective"], shown["context"], shown["schedule"]) == ("distil", "A text.", "cosine")
+        assert (shown["virtual_tokens"] == 0) == (method == "prefix_plus")
+
+
+def test_another_prefix_to_start_from_is_named_with_its_version(client: TestClient, frozen: FrozenModel) -> None:
+    reply = client.post("/v1/prefixes/sums/train", json={"examples": EXAMPLES, "init_from": "absent"})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (404, "init_from")
+    for _ in range(2):
+        uploaded = client.post("/v1/prefixes", data={"id": "first"}, files={"file": artefacts.native(frozen)})
+        assert uploaded.status_code == 201, uploaded.text
+    options = train(client, init_from="first")["options"]
+    assert (options["init_from"], options["virtual_tokens"]) == ("default/first@2", 4)
 
 
 def test_an_unknown_option_is_named_with_the_nearest(client: TestClient) -> None:

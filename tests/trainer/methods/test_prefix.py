@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from itertools import count
 
+import pytest
 import torch
 
 from prefix_store.jobs import TrainingSpec
@@ -47,6 +48,15 @@ def test_the_first_token_stays_as_it_was():
     one_step(method, 0.5)
     assert torch.equal(method.kv()[:, :, :, 0], before[:, :, :, 0])
     assert not torch.equal(method.kv(), before)
+
+
+@pytest.mark.parametrize(("frozen_tokens", "kept"), [(0, 0), (2, 2), (9, P - 1)])
+def test_more_or_fewer_of_the_first_tokens_may_stay(frozen_tokens, kept):
+    method = DirectKV(FROZEN, spec(frozen_tokens=frozen_tokens), count(2))
+    before = method.kv().detach()
+    one_step(method, 0.5)
+    same = (method.kv() == before).flatten(0, 2).all(dim=2).all(dim=0)
+    assert same.tolist() == [token < kept for token in range(P)]
 
 
 def test_a_single_virtual_token_is_tuned():

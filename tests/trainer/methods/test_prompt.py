@@ -15,8 +15,9 @@ from prefix_store.model import apply, frozen
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import Method, PrefixManifest, Window
 from tests.models import BOS, CONTEXT, FAMILIES, VOCABULARY, WINDOW, tiny_frozen, tiny_tokenizer
+from trainer import schedule
 from trainer.data import Example, collate, shuffled_batches
-from trainer.loop import CLIP, Progress, fit, schedule
+from trainer.loop import CLIP, Progress, fit
 from trainer.methods.prompt import SoftPrompt
 
 P = WINDOW + 3  # more than a sliding layer sees at once
@@ -58,7 +59,7 @@ def plain_prompt_tuning(family: str, start: torch.Tensor) -> list[tuple[float, t
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_([prompt], CLIP / unit)
-        optimiser.param_groups[0]["lr"] = unit * RATE * schedule(step, STEPS)
+        optimiser.param_groups[0]["lr"] = unit * RATE * schedule.share("linear", step, STEPS, 0.05)
         optimiser.step()
         told.append((loss.item(), prompt.grad.clone(), prompt.detach().clone()))
     return told

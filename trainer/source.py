@@ -1,0 +1,46 @@
+"""What a job's prefix starts from: its examples, its long text, or another prefix that the tenant may use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+from prefix_store.errors import PrefixMismatch
+from prefix_store.jobs import TrainingJob
+from prefix_store.model import prompt
+from prefix_store.model.frozen import FrozenModel
+from prefix_store.prefix import PrefixRef
+from prefix_store.store import Store
+from prefix_store.tensors import PrefixTensors, check_fits
+from trainer.data import Example
+from trainer.methods.start import Start
+
+
+def start(store: Store, job: TrainingJob, frozen: FrozenModel, examples: Sequence[Example]) -> Start:
+    """What the job's method is to be given.
+
+    Raises PrefixNotFound and PrefixMismatch for an `init_from` that is gone or that does not fit model and job.
+    """
+    if job.spec.init_from is not None:
+        return _stored(store, job, frozen)
+    if job.spec.context is not None:
+        return prompt.encode(frozen.tokenizer, job.spec.context)
+    return chain.from_iterable(example.ids for example in examples)
+
+
+def _stored(store: Store, job: TrainingJob, frozen: FrozenModel) -> PrefixTensors:
+    spec = job.spec
+    assert spec.init_from is not None
+    version = store.prefixes.resolve(PrefixRef.parse(spec.init_from, job.tenant), reader=job.tenant)
+    manifest, tensors = store.prefixes.read(version)
+    check_fits(manifest, frozen.geometry, frozen.digest, frozen.context_length)
+    expected = {
+        "virtual_tokens": (spec.virtual_tokens, manifest.virtual_tokens),
+        # a method's prefixes have real tokens behind their virtual ones
+        "position_offset": (manifest.virtual_tokens, manifest.position_offset),
+        "feature_map": (spec.feature_map if manifest.feature_map is not None else None, manifest.feature_map),
+    }
+    for field, (wanted, there) in expected.items():
+        if wanted != there:
+            raise PrefixMismatch(f"{spec.init_from}: expected {field} {wanted}, it has {there}", param="init_from")
+    return tensors
