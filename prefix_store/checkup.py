@@ -39,7 +39,7 @@ def examine(store: Store, say: Callable[[int, int], None]) -> Report:
         return report  # what it says of the rest means nothing
     versions = [PrefixVersion.from_json(data) for _, data in walk(store.backend, "version/")]
     jobs = [TrainingJob.from_json(data) for _, data in walk(store.backend, "job/")]
-    total = len(versions) + len(jobs)
+    total = len(versions) + len(jobs) + sum(job.checkpoint is not None for job in jobs)
     for number, problem in enumerate(_files(store, versions, jobs), start=1):
         report.faults += [problem] if problem else []
         say(number, total)
@@ -66,6 +66,19 @@ def _files(store: Store, versions: list[PrefixVersion], jobs: list[TrainingJob])
                 yield None
         except StoreCorrupt as error:
             yield f"{job.id}, its examples: {error.message}" if store.jobs.job(job.tenant, job.id) else None
+    for job in jobs:
+        if job.checkpoint is not None:
+            yield _checkpoint(store, job)
+
+
+def _checkpoint(store: Store, job: TrainingJob) -> str | None:
+    try:
+        store.jobs.checkpoint(job)
+    except StoreCorrupt as error:
+        now = store.jobs.job(job.tenant, job.id)  # a job that runs replaces it
+        same = now is not None and now.checkpoint == job.checkpoint
+        return f"{job.id}, its checkpoint: {error.message}" if same else None
+    return None
 
 
 def _names(store: Store) -> list[str]:

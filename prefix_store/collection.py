@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from itertools import takewhile
 
-from prefix_store import audit, layout
+from prefix_store import audit, holds, layout
 from prefix_store.backends.base import PAGE, Backend, Blobs, Transaction, walk
 from prefix_store.name_records import highest_besides, read_name, read_version, remove_versions
 
@@ -24,7 +24,7 @@ def collect(backend: Backend, blobs: Blobs) -> int:
     blobs.tidy()
     # asked again for each, for it may have been named since
     return sum(
-        blobs.remove_unless(digest, partial(_is_needed, backend, digest))
+        blobs.remove_unless(digest, partial(holds.is_needed, backend, digest))
         for digest in blobs.digests()
         if digest not in needed
     )
@@ -92,8 +92,3 @@ def _forget(backend: Backend, keys: list[str]) -> None:
 def _delete(keys: list[str], transaction: Transaction) -> None:
     for key in keys:
         transaction.delete(key)
-
-
-def _is_needed(backend: Backend, digest: str) -> bool:
-    with backend.view() as view:
-        return bool(view.scan(layout.blob(digest), limit=1))

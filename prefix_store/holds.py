@@ -27,6 +27,12 @@ def held(backend: Backend, tenant: str, digest: str) -> Iterator[str]:
         raise
 
 
+def is_needed(backend: Backend, digest: str) -> bool:
+    """Whether a record names the blob, or a hold keeps it."""
+    with backend.view() as view:
+        return bool(view.scan(layout.blob(digest), limit=1))
+
+
 def release(transaction: Transaction, key: str) -> None:
     """Ends a hold in the transaction that names the blob. Raises StoreUnavailable if it is gone: the blob may be, too.
 

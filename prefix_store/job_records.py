@@ -61,6 +61,11 @@ def change(transaction: Transaction, record: JobRecord, **fields: Any) -> JobRec
         usage.move_job(transaction, record.job.tenant, record.job.status, changed.job.status)
     if record.place not in (None, changed.place):
         transaction.delete(record.place)
+    old, new = record.job.checkpoint, changed.job.checkpoint
+    if old not in (None, new):
+        transaction.delete(layout.blob_of_checkpoint(old, record.job.id))
+    if new not in (None, old):
+        transaction.put(layout.blob_of_checkpoint(new, record.job.id), {"tenant": record.job.tenant})
     _write(transaction, changed)
     return changed
 
@@ -68,19 +73,13 @@ def change(transaction: Transaction, record: JobRecord, **fields: Any) -> JobRec
 def release(
     transaction: Transaction, record: JobRecord, status: JobStatus, error: JobError | None = None, **fields: Any
 ) -> JobRecord:
-    """Ends a job, or puts it back among those that wait, and returns it."""
-    # a worker that stops in good order has not failed; only attempts that ended badly count
-    unused = 0 if status.is_final else 1
-    return change(
-        transaction,
-        record,
-        status=status,
-        error=error,
-        finished_at=transaction.now if status.is_final else None,
-        lease_until=None,
-        attempt=record.job.attempt - unused,
-        **fields,
-    )
+    """Ends a job, or puts it back among those that wait or rest, and returns it."""
+    if status.is_final:
+        fields |= {"finished_at": transaction.now, "checkpoint": None}
+    else:
+        # a worker that stops in good order has not failed; only attempts that ended badly count
+        fields |= {"attempt": record.job.attempt - 1}
+    return change(transaction, record, status=status, error=error, lease_until=None, pause_requested=False, **fields)
 
 
 def owned(view: View, job: TrainingJob) -> JobRecord:

@@ -123,6 +123,29 @@ class JobStore(JobQueue):
             page = view.scan(layout.event(job_id), after=first, limit=limit)
         return [JobEvent(**data) for _, data in page]
 
+    def save_checkpoint(self, job: TrainingJob, data: bytes) -> None:
+        """Makes these bytes what the job goes on from when it is next claimed; those before them are removed.
+
+        Whoever does this gets on: attempts are counted anew. Raises LeaseLost, StoreUnavailable, PayloadTooLarge.
+        """
+        digest = digest_of(data)
+
+        def work(transaction: Transaction) -> str | None:
+            holds.release(transaction, hold)
+            record = job_records.owned(transaction, job)
+            job_records.change(transaction, record, checkpoint=digest, lapses=0)
+            return record.job.checkpoint
+
+        with holds.held(self._backend, job.tenant, digest) as hold:
+            self._blobs.put(data)
+            before = self._backend.write(work)
+        if before not in (None, digest):
+            self._blobs.remove_unless(before, partial(holds.is_needed, self._backend, before))
+
+    def checkpoint(self, job: TrainingJob) -> bytes | None:
+        """What the job goes on from; None for one that begins. Raises StoreCorrupt unless it is whole."""
+        return self._blobs.read(job.checkpoint) if job.checkpoint is not None else None
+
     def examples(self, job: TrainingJob) -> list[Example]:
         """What the job trains on. Raises StoreCorrupt unless the stored bytes match the digest."""
         return self._stored(job)[: job.spec.examples]

@@ -31,7 +31,7 @@ class JobStatus(StrEnum):
 
 TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
     JobStatus.QUEUED: frozenset({JobStatus.RUNNING, JobStatus.PAUSED, JobStatus.CANCELLED}),
-    # running -> queued: handed back by a worker that stops, or taken back after its lease has lapsed
+    # running -> queued: handed back by a worker that stops or has no room, or taken back after its lease has lapsed
     JobStatus.RUNNING: frozenset(
         {JobStatus.QUEUED, JobStatus.PAUSED, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED}
     ),
@@ -112,6 +112,8 @@ class TrainingSpec:
     The prefix starts as the examples, as `init_text`, as random tokens (`init`) or as another prefix (`init_from`).
     Its first `frozen_tokens` stay as they are. `bottleneck`: the inner width of an encoder. `feature_map`: phi of a
     memory. `context`: the text that objective `distil` teaches the prefix.
+    `patience`: validations without a better prefix after which the run ends, 0 for never, because the last steps, which
+    are the smallest, often help most. `publish_anyway`: also a prefix that is no better than none.
     """
 
     data_digest: str
@@ -139,6 +141,8 @@ class TrainingSpec:
     bottleneck: int = 512
     feature_map: str = "elu"
     context: str | None = None
+    patience: int = 0
+    publish_anyway: bool = False
 
     # inclusive bounds of every number a user may set
     LIMITS = {  # noqa: RUF012  (a constant table, not a field)
@@ -152,6 +156,7 @@ class TrainingSpec:
         "weight_decay": (0.0, 10.0),
         "frozen_tokens": (0, 4096),
         "bottleneck": (1, 8192),
+        "patience": (0, 1000),
     }
     CHOICES = {  # noqa: RUF012
         "schedule": ("linear", "cosine"),
@@ -178,6 +183,8 @@ class TrainingSpec:
                 raise InvalidRequest(f"{name} must be {' or '.join(able)}, got {asked!r}", param=name)
         if self.template is not None:
             check_template(self.template, param="template")
+        if type(self.publish_anyway) is not bool:
+            raise InvalidRequest("publish_anyway must be true or false", param="publish_anyway")
         if self.examples < 1:
             raise InvalidRequest("training needs at least one example", param="examples")
         self._check_together()
@@ -215,7 +222,10 @@ class JobError:
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """One job as the store knows it. `fence` grows with every claim; a write with an older fence is refused."""
+    """One job as the store knows it. `fence` grows with every claim; a write with an older fence is refused.
+
+    `lapses`: leases that ran out since it last got on. `checkpoint`: the digest of the blob that it goes on from.
+    """
 
     id: str
     tenant: str
@@ -228,6 +238,9 @@ class TrainingJob:
     worker: str | None = None
     lease_until: float | None = None
     cancel_requested: bool = False
+    pause_requested: bool = False
+    lapses: int = 0
+    checkpoint: str | None = None
     started_at: float | None = None
     finished_at: float | None = None
     version: int | None = None
@@ -264,3 +277,4 @@ class Heartbeat:
     """What a heartbeat tells the worker."""
 
     cancel_requested: bool
+    pause_requested: bool

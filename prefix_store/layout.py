@@ -8,6 +8,7 @@ shared/READER/TENANT/NAME         a name shared with a tenant, or with `*`
 tombstone/TENANT/NAME/NUMBER      a version that was deleted and whose blob is still kept
 blob/DIGEST/version/TENANT/…      why a blob is kept: a version or tombstone,
 blob/DIGEST/job/JOB                 a job's examples,
+blob/DIGEST/checkpoint/JOB          where a job goes on from,
 blob/DIGEST/hold/ID                 or a record that is about to be written
 job/JOB                           a job
 jobs/TENANT/NUMBER                a tenant's jobs in the order they came
@@ -77,6 +78,11 @@ def blob_of_version(digest: str, tenant: str, name: str, number: int) -> str:
 def blob_of_job(digest: str, job_id: str) -> str:
     """The blob is a job's examples."""
     return f"{blob(digest)}job/{job_id}"
+
+
+def blob_of_checkpoint(digest: str, job_id: str) -> str:
+    """The blob is what a job goes on from."""
+    return f"{blob(digest)}checkpoint/{job_id}"
 
 
 def hold(digest: str, hold_id: str) -> str:

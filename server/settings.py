@@ -17,7 +17,7 @@ from server.loopback import is_loopback
 
 PREFIX = "ANTEFIX_"
 # Read by the trainer and the command line, which share this environment.
-ELSEWHERE = ("ANTEFIX_WORKER_METRICS_PORT", "ANTEFIX_URL", "ANTEFIX_API_KEY")
+ELSEWHERE = ("ANTEFIX_TRAIN_MEMORY_MB", "ANTEFIX_WORKER_METRICS_PORT", "ANTEFIX_URL", "ANTEFIX_API_KEY")
 
 
 class Settings(BaseSettings):

@@ -1,4 +1,4 @@
-"""`python -m trainer`: a worker that trains one job after another until it is told to stop."""
+"""`python -m trainer`: a worker that trains what is queued until it is told to stop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trainer.methods import METHODS, files
 from trainer.worker import Worker, say
 
 METRICS_HOST = "127.0.0.1"
-GRACE_SECONDS = 1.5  # for a step under way when the process is told to stop
+GRACE_SECONDS = 6.0  # for a step under way when the process is told to stop, and for saving where every run stands
 
 
 def main() -> int:
@@ -59,6 +59,7 @@ def make_worker(chosen: settings.Settings, registry: CollectorRegistry) -> Worke
         model,
         f"{socket.gethostname()}-{os.getpid()}",
         methods=methods,
+        memory_bytes=chosen.train_memory_mb << 20 or None,
         on_step=steps.inc,
         on_end=lambda status: jobs.labels(status).inc(),
     )
@@ -94,8 +95,9 @@ def run(worker: Worker) -> int:
     thread.join(GRACE_SECONDS)
     say("stopped")
     if thread.is_alive():
+        worker.hand_back()
         sys.stdout.flush()
-        os._exit(0)  # the job is back in the queue; torch would not let the interpreter end before its step does
+        os._exit(0)  # torch would not let the interpreter end before its step does
     return 0
 
 

@@ -18,10 +18,15 @@ def nats_per_token(
     frozen: FrozenModel, rows: Callable[[int], PrefixRows] | None, batches: Iterable[Sequence[Example]]
 ) -> float:
     """Mean loss over every token that counts in the batches, at least one; `rows` None is the bare model."""
-    nats, tokens = 0.0, 0
+    total, tokens = 0.0, 0
     for examples in batches:
-        group = Group(rows(len(examples)) if rows is not None else None, examples)
-        (logits,) = forward.logits(frozen, [group])
-        nats += objective.loss(logits, group).item() * len(logits)
-        tokens += len(logits)
-    return nats / tokens
+        (found,) = nats(frozen, [Group(rows(len(examples)) if rows is not None else None, examples)])
+        total += found
+        tokens += sum(len(example.targets) for example in examples)
+    return total / tokens
+
+
+def nats(frozen: FrozenModel, groups: Sequence[Group]) -> list[float]:
+    """For each group its loss, summed over its tokens that count."""
+    every = forward.logits(frozen, groups)
+    return [objective.loss(logits, group).item() * len(logits) for logits, group in zip(every, groups, strict=True)]

@@ -1,28 +1,39 @@
-"""One claimed job: from its examples to its published prefix."""
+"""One claimed job: from its examples, or its last checkpoint, to its published prefix."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 
-from prefix_store.errors import InvalidRequest, PrefixMismatch, StoreUnavailable
+from prefix_store.errors import InvalidRequest, PayloadTooLarge, PrefixMismatch, StoreCorrupt, StoreUnavailable
+from prefix_store.jobs import TrainingJob, TrainingSpec
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import PrefixVersion
 from prefix_store.store import Store
-from trainer import data, samples, source, teacher
-from trainer.data import Example
-from trainer.evaluate import nats_per_token
+from trainer import data, memory, samples, source, teacher
 from trainer.lease import Lease
-from trainer.loop import Fit, Progress, fit, is_due
-from trainer.methods.base import NewMethod, TuningMethod
+from trainer.methods.base import NewMethod
+from trainer.progress import Meter, Progress, line, summary
+from trainer.tuning import StateMismatch, Tuning, is_due
+from trainer.validation import Validation
 
 LINES, POINTS = 10, 100  # a run: lines printed, points of its loss curve
+# So many times as long as saving took, a run goes on before it saves again.
+SAVING_SHARE = 20
+
+
+class NoImprovement(Exception):
+    """Validation found the prefix no better than none, and nobody asked for it all the same."""
 
 
 class JobRun:
-    """Trains under a lease, tells how it goes, and publishes. Every step first asks the lease whether to go on."""
+    """Trains under a lease, tells how it goes, and publishes.
+
+    Somebody else takes the steps, perhaps with other runs: of the `tuning` while there is no `validation` under way,
+    else the slices of that; and says what came of them. `cost`: about how many bytes a step takes.
+    """
 
     def __init__(
         self,
@@ -31,70 +42,144 @@ class JobRun:
         methods: Mapping[str, NewMethod],
         lease: Lease,
         say: Callable[[str], None],
-        on_step: Callable[[], None],
+        clock: Callable[[], float],
     ) -> None:
-        self._store, self._frozen, self._methods, self._lease = store, frozen, methods, lease
-        self._say, self._on_step = say, on_step
-        self._job, self._spec = lease.job, lease.job.spec
+        """Reads the examples and, if there is one, the checkpoint.
+
+        Raises PrefixMismatch, PrefixNotFound, InvalidTrainingData, InvalidRequest, ModelUnsupported, StoreUnavailable,
+        StoreCorrupt and what the lease raises.
+        """
+        self.lease = lease
+        self._store, self._frozen, self._say, self._clock = store, frozen, say, clock
+        check_base(self.job.spec, frozen)
+        new_method = find(methods, self.job.spec.method)
+        parts = self._prepare()
+        self._spec, self._valid = parts.spec, parts.valid
+        method = new_method(frozen, self._spec, source.start(store, self.job, frozen, parts.train))
+        self.tuning = Tuning(method, parts.train, self._spec, validates=bool(parts.valid))
+        self._take_up()
+        self.cost = memory.of_step(frozen, parts.train, self._spec.batch_size, self._spec.virtual_tokens)
+        self.is_suspect = self.job.lapses > 0
+        self._meter = Meter(self.tuning, clock)
+        self._saved_step, self._saved_at, self._saving = self.tuning.step, clock(), 0.0
+        self.validation = self._next_validation()
+
+    @property
+    def job(self) -> TrainingJob:
+        """As it was when it was last claimed."""
+        return self.lease.job
+
+    def stepped(self, loss: float) -> None:
+        """After a step of the tuning. Raises LeaseLost."""
+        self.validation = self._next_validation()
+        if self.validation is None:
+            self._hear(self._meter.progress(loss, None))
+
+    def scored(self, nats: float) -> None:
+        """After a slice of the validation. Raises LeaseLost, FloatingPointError."""
+        assert self.validation is not None
+        self.validation.add(nats)
+        if not self.validation.done:
+            return
+        loss = self.validation.loss
+        if self.validation.is_bare:
+            self.tuning.bare_loss = loss
+        else:
+            self.tuning.judge(loss)
+            if self.tuning.loss is not None:
+                self._hear(self._meter.progress(self.tuning.loss, loss))
+        self.validation = self._next_validation()
 
     def publish(self) -> PrefixVersion:
-        """Trains the prefix and saves it as the next version of its name.
+        """Saves the prefix as the next version of its name.
 
-        Raises what the lease raises, PrefixMismatch, PrefixNotFound, InvalidTrainingData, InvalidRequest,
-        ModelUnsupported, FloatingPointError and StoreUnavailable.
+        Raises NoImprovement, LeaseLost, QuotaExceeded and StoreUnavailable.
         """
-        if self._spec.base_digest not in (None, self._frozen.digest):
-            raise PrefixMismatch(
-                f"the job was queued for another base model: expected {str(self._spec.base_digest)[:12]}…, "
-                f"this worker has {self._frozen.digest[:12]}…"
-            )
-        new_method = find(self._methods, self._spec.method)
-        jobs = self._store.jobs
-        validation = jobs.validation_examples(self._job)
-        parts = data.prepare(self._frozen, self._spec, jobs.examples(self._job), validation)
-        self._tell(parts.summary, chosen={name: getattr(parts.spec, name) for name in parts.chosen})
-        self._spec = parts.spec
-        if self._spec.context is not None:
-            ask = partial(teacher.taught, self._frozen, self._spec.context, batch_size=self._spec.batch_size)
-            train, valid = (ask(examples, check=self._lease.check) for examples in (parts.train, parts.valid))
-            parts = dataclasses.replace(parts, train=train, valid=valid)
-        start = source.start(self._store, self._job, self._frozen, parts.train)
-        method = new_method(self._frozen, self._spec, start)
-        validate = partial(self._validate, method, parts.valid) if parts.valid else None
-        result = fit(self._frozen, method, parts.train, self._spec, validate=validate, on_progress=self._hear)
+        result = self.tuning.result()
         self._tell(summary(result))
-        job, by = self._job, f"worker {self._job.worker}"
-        manifest = dataclasses.replace(method.manifest(), template=self._spec.template)
-        shown = samples.make(self._frozen, manifest, result.tensors, parts.valid, self._lease.check)
+        if not (result.improves or self._spec.publish_anyway):
+            raise NoImprovement(
+                f"the validation loss is {result.valid_loss:.4f} with the prefix and {result.bare_loss:.4f} without, "
+                "so it is not published; publish_anyway publishes it all the same"
+            )
+        job, by = self.job, f"worker {self.job.worker}"
+        manifest = dataclasses.replace(self.tuning.method.manifest(), template=self._spec.template)
+        shown = samples.make(self._frozen, manifest, result.tensors, self._valid, self.lease.check)
         self._add_event("samples", {"samples": shown})
         return self._store.prefixes.save(job.tenant, job.name, manifest, result.tensors, job=job, by=by)
 
-    def _validate(self, method: TuningMethod, examples: list[Example]) -> float:
-        return nats_per_token(self._frozen, method.rows, self._batches(examples))
+    def wants_saving(self, seconds: float) -> bool:
+        """Whether it is time for a checkpoint, of which there is one in so many seconds, fewer if they are dear."""
+        return self._clock() - self._saved_at >= max(seconds, SAVING_SHARE * self._saving)
 
-    def _batches(self, examples: list[Example]) -> Iterator[Sequence[Example]]:
-        for batch in data.batches(examples, self._spec.batch_size):
-            self._lease.check()
-            yield batch
+    def save(self) -> None:
+        """Makes where the run stands now what another worker would go on from. Raises LeaseLost, StoreUnavailable.
+
+        One that is too large for the store is given up, with a word to its owner: the run then begins anew.
+        """
+        begun = self._saved_at = self._clock()
+        if self.tuning.step == self._saved_step:
+            return
+        try:
+            self._store.jobs.save_checkpoint(self.job, self.tuning.to_bytes(self._frozen.digest))
+        except PayloadTooLarge as error:
+            self._tell(f"no checkpoint of step {self.tuning.step}: {error.message}")
+        self._saved_step = self.tuning.step
+        self.is_suspect, self._saving = False, self._clock() - begun
+
+    def _take_up(self) -> None:
+        try:
+            saved = self._store.jobs.checkpoint(self.job)
+            if saved is not None:
+                self.tuning.load(saved, self._frozen.digest)
+                self._tell(f"going on from step {self.tuning.step}")
+        except (StoreCorrupt, StateMismatch) as error:
+            self._tell(f"its checkpoint cannot be used, so it begins anew: {error}")
+
+    def _next_validation(self) -> Validation | None:
+        if self._valid and self.tuning.bare_loss is None:
+            return Validation(self._valid, self._spec.batch_size, None)
+        if self.tuning.due:
+            return Validation(self._valid, self._spec.batch_size, self.tuning.method.rows)
+        return None
 
     def _hear(self, progress: Progress) -> None:
-        self._lease.check()
-        self._on_step()
-        self._lease.progress = dataclasses.asdict(progress)
+        found = dataclasses.asdict(progress)
+        # only some steps validate; between them the last one counts
+        self.lease.progress = {**self.lease.progress, **{name: n for name, n in found.items() if n is not None}}
         if is_due(progress.step, progress.total_steps, LINES):
-            self._say(f"{self._job.id}: {line(progress)}")
-            self._lease.beat()
+            self._say(f"{self.job.id}: {line(progress)}")
+            self.lease.beat()
         if progress.valid_loss is not None or is_due(progress.step, progress.total_steps, POINTS):
-            self._add_event("metrics", self._lease.progress)
+            self._add_event("metrics", found)
+
+    def _prepare(self) -> data.TrainingData:
+        jobs, frozen = self._store.jobs, self._frozen
+        parts = data.prepare(frozen, self.job.spec, jobs.examples(self.job), jobs.validation_examples(self.job))
+        self._tell(parts.summary, chosen={name: getattr(parts.spec, name) for name in parts.chosen})
+        if parts.spec.context is None:
+            return parts
+        ask = partial(teacher.taught, frozen, parts.spec.context, batch_size=parts.spec.batch_size)
+        train, valid = (ask(examples, check=self.lease.check) for examples in (parts.train, parts.valid))
+        return dataclasses.replace(parts, train=train, valid=valid)
 
     def _tell(self, message: str, **more: object) -> None:
-        self._say(f"{self._job.id}: {message}")
+        self._say(f"{self.job.id}: {message}")
         self._add_event("message", {"message": message, **more})
 
     def _add_event(self, kind: str, content: dict[str, object]) -> None:
         # a gap in the history is no reason to end a run
         with suppress(StoreUnavailable):
-            self._store.jobs.add_event(self._job, kind, content)
+            self._store.jobs.add_event(self.job, kind, content)
+
+
+def check_base(spec: TrainingSpec, frozen: FrozenModel) -> None:
+    """Raises PrefixMismatch unless the job is for this model, or for whichever."""
+    if spec.base_digest not in (None, frozen.digest):
+        raise PrefixMismatch(
+            f"the job was queued for another base model: expected {str(spec.base_digest)[:12]}…, "
+            f"this worker has {frozen.digest[:12]}…"
+        )
 
 
 def find(methods: Mapping[str, NewMethod], name: str) -> NewMethod:
@@ -105,19 +190,3 @@ def find(methods: Mapping[str, NewMethod], name: str) -> NewMethod:
             param="method",
         )
     return methods[name]
-
-
-def line(progress: Progress) -> str:
-    """A step for people to read."""
-    valid = f", validation {progress.valid_loss:.3f}" if progress.valid_loss is not None else ""
-    return (
-        f"step {progress.step}/{progress.total_steps}, loss {progress.train_loss:.3f}{valid}, "
-        f"{progress.tokens_per_second:,.0f} tokens/s, {progress.seconds_left:.0f} s left"
-    )
-
-
-def summary(result: Fit) -> str:
-    """What was gained, for people to read."""
-    if result.valid_loss is None:
-        return f"keeping step {result.step}; too few examples to validate on"
-    return f"keeping step {result.step}: validation loss {result.start_loss:.3f} before, {result.valid_loss:.3f} after"

@@ -1,4 +1,4 @@
-"""Holding on to a claimed job: a thread that says every few seconds that its worker is alive."""
+"""The claim to a job, and the thread that says every few seconds, for all jobs of a worker, that it is alive."""
 
 from __future__ import annotations
 
@@ -15,40 +15,41 @@ class Cancelled(Exception):
     """The job's owner no longer wants it."""
 
 
+class Paused(Exception):
+    """The job's owner wants it to rest."""
+
+
 class Lease:
-    """A claimed job while this worker owns it: `with Lease(...) as lease`, and `lease.check()` before every step.
+    """A claimed job while this worker owns it; `check` before every step.
 
     A store that cannot be reached for a while is no reason to stop: the lease counts on the store's side, and whoever
     was too late is told so by the next write.
     """
 
-    def __init__(self, store: Store, job: TrainingJob, seconds: float, every: float) -> None:
+    def __init__(self, store: Store, job: TrainingJob, seconds: float) -> None:
         self.job = job
-        self._jobs = store.jobs
-        self._seconds, self._every = seconds, every
+        self._jobs, self._seconds = store.jobs, seconds
         self.progress: dict[str, Any] = job.progress  # what the next heartbeat records
         self.handed_back = False
-        self._cancelled, self._lost = False, False
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name=f"lease-{job.id}", daemon=True)
+        self._cancelled, self._paused, self._lost = False, False, False
 
-    def __enter__(self) -> Lease:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._closed.set()
-        self._thread.join()
+    def renew(self, job: TrainingJob) -> None:
+        """It had lapsed, and this very worker was the one to claim the job again."""
+        self.job, self._lost = job, False
 
     def check(self) -> None:
-        """Raises LeaseLost or Cancelled unless the work should go on."""
+        """Raises LeaseLost, Cancelled or Paused unless the work should go on."""
         if self._lost or self.handed_back:
             raise LeaseLost(f"job {self.job.id} no longer belongs to this worker")
         if self._cancelled:
             raise Cancelled
+        if self._paused:
+            raise Paused
 
     def beat(self) -> None:
-        """One heartbeat now, without waiting for the thread's next."""
+        """One heartbeat now."""
+        if self._lost or self.handed_back:
+            return
         try:
             answer = self._jobs.heartbeat(self.job, self._seconds, self.progress)
         except LeaseLost:
@@ -56,7 +57,7 @@ class Lease:
         except StoreUnavailable:
             return
         else:
-            self._cancelled |= answer.cancel_requested
+            self._cancelled, self._paused = answer.cancel_requested, answer.pause_requested
 
     def hand_back(self) -> None:
         """Puts the job back into the queue at once, from any thread; from now on it is no longer this worker's."""
@@ -64,6 +65,40 @@ class Lease:
         with suppress(LeaseLost, StoreUnavailable):
             self._jobs.finish(self.job, JobStatus.QUEUED, None)
 
+
+class Leases:
+    """All that a worker holds: `with Leases(...) as leases` beats for each, every so many seconds."""
+
+    def __init__(self, store: Store, seconds: float, every: float) -> None:
+        self._store, self._seconds, self._every = store, seconds, every
+        self._held: tuple[Lease, ...] = ()  # never changed in place: two threads read it
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="leases", daemon=True)
+
+    def __enter__(self) -> Leases:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def take(self, job: TrainingJob) -> Lease:
+        """From now on its lease is kept."""
+        lease = Lease(self._store, job, self._seconds)
+        self._held += (lease,)
+        return lease
+
+    def drop(self, lease: Lease) -> None:
+        """From now on it is not."""
+        self._held = tuple(held for held in self._held if held is not lease)
+
+    def hand_back(self) -> None:
+        """Every job, at once, from any thread."""
+        for lease in self._held:
+            lease.hand_back()
+
     def _keep(self) -> None:
-        while not self._lost and not self._closed.wait(self._every):
-            self.beat()
+        while not self._closed.wait(self._every):
+            for lease in self._held:
+                lease.beat()

@@ -35,6 +35,7 @@ class Settings(BaseSettings):
     methods: Annotated[dict[str, Path], NoDecode, BeforeValidator(jobs.method_files)] = Field(
         default={}, validate_default=False, description="Python files of tuning methods, with commas between them"
     )
+    train_memory_mb: int = Field(default=0, ge=0, description="what steps may take; 0 for half of what is free")
     worker_metrics_port: int = Field(default=8001, ge=0, le=65535, description="0 for none")
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from prefix_store.cli import plot
+from prefix_store.cli import plot, watch
 from prefix_store.cli.client import connect, fail
 from prefix_store.cli.terminal import printable
 
@@ -24,9 +24,10 @@ class _IdShows(TyperGroup):
 
 app = typer.Typer(
     cls=_IdShows,
-    help="Training jobs: listed if alone; show ID (or just ID), report ID, cancel ID.",
+    help="Training jobs: listed if alone; show ID (or just ID), report ID, pause ID, resume ID, cancel ID.",
     invoke_without_command=True,
 )
+ASKED = {"cancel_requested": "cancelling", "pause_requested": "pausing"}  # what a running job will soon be
 JobId = Annotated[str, typer.Argument(metavar="ID", help="ftjob-…, as `antefix jobs` lists them")]
 
 
@@ -68,6 +69,20 @@ def report(
     typer.echo(json.dumps(found, indent=2))
 
 
+@app.command()
+def pause(job_id: JobId) -> None:
+    """Let a job rest: a queued one at once, a running one within seconds. It keeps what it has learnt."""
+    with connect() as server:
+        typer.echo(line(server.post(f"{_path(job_id)}/pause")))
+
+
+@app.command()
+def resume(job_id: JobId) -> None:
+    """Let a paused job go on where it stood."""
+    with connect() as server:
+        typer.echo(line(server.post(f"{_path(job_id)}/resume")))
+
+
 def _path(job_id: str) -> str:
     """Where a job is over HTTP. What can be no id is refused here, for `..` would lead elsewhere."""
     if not re.fullmatch(r"ftjob-[A-Za-z0-9]+", job_id):
@@ -81,10 +96,11 @@ def line(job: dict[str, Any]) -> str:
     parts = [job["id"], job["prefix_id"], job["status"]]
     if progress.get("step"):
         parts.append(f"step {progress['step']} of {progress.get('total_steps') or job['options']['steps']}")
+        parts += watch.figures(progress) if job["status"] == "running" else []
     if job["version"]:
         parts.append(f"{job['prefix_id']}@{job['version']}")
     if job["error"]:
         parts.append(f"{job['error']['code']}: {job['error']['message']}")
-    if job["cancel_requested"] and job["status"] == "running":
-        parts.append("cancelling")
+    if job["status"] == "running":
+        parts += [word for flag, word in ASKED.items() if job.get(flag)][:1]
     return printable("\t".join(parts))

@@ -67,6 +67,12 @@ def train(
     template: Annotated[
         str | None, typer.Option(help="Text with one {prompt}, in which every prompt stands. Default: none.")
     ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Validations without a gain that end it; 0: none. Default: 0.")
+    ] = None,
+    publish_anyway: Annotated[
+        bool | None, typer.Option("--publish-anyway", help="Publish it even if it is no better than no prefix.")
+    ] = None,
     wait: Annotated[bool, typer.Option(help="Show progress until the job has ended.")] = True,
 ) -> None:
     """Train a prefix on a running server's worker. No more is needed than a name and the data."""
@@ -91,6 +97,8 @@ def train(
         "context": read_text(context) if context is not None else None,
         "template": template,
         "validation_examples": read_examples(validation) if validation is not None else None,
+        "patience": patience,
+        "publish_anyway": publish_anyway,
     }
     checked(name)
     given = {option: value for option, value in options.items() if value is not None}
@@ -134,6 +142,8 @@ def _finish(job: dict[str, Any]) -> None:
         fail(f"the job failed: {job['error']['message']}")
     if job["status"] == "cancelled":
         fail("the job was cancelled")
+    if job["status"] == "paused":
+        fail(f"the job was paused; to go on: antefix jobs resume {job['id']}")
     name = job["prefix_id"]
     served = f"{name}@{job['version']} is served; try: antefix generate --prefix {name} 'a prompt'"
     typer.echo(f"trained in {clock(job['finished_at'] - job['started_at'])}")

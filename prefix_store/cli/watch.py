@@ -15,12 +15,18 @@ from prefix_store.jobs import JobStatus
 POLL_SECONDS = 0.5
 WAITS = "queued, waiting for a worker; if none runs, start one: antefix worker"
 LINES = 10  # a run, where there is no bar
-FORMS = {"train_loss": "loss {:.3f}", "valid_loss": "validation {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"}
-FINAL = frozenset(status for status in JobStatus if status.is_final)
+FORMS = {
+    "train_loss": "loss {:.3f}",
+    "valid_loss": "validation {:.3f}",
+    "learning_rate": "rate {:.2g}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+}
+# A paused job does not go on by itself, so nobody waits for it.
+FINAL = frozenset(status for status in JobStatus if status.is_final or status is JobStatus.PAUSED)
 
 
 def follow(server: Client, job: dict[str, Any]) -> dict[str, Any]:
-    """Shows the job until it has ended, and returns it as it is then. Raises Failure."""
+    """Shows the job until it has ended or rests, and returns it as it is then. Raises Failure."""
     history, display = History(job), _Bar(job) if is_live(sys.stderr) else _Lines()
     try:
         while True:
@@ -39,7 +45,7 @@ class History:
     """What is known of a job's progress: every number's last value.
 
     Heartbeats and events tell the same numbers, each at times of their own; only some steps validate. A job that was
-    taken up again begins anew, and its old heartbeat no longer counts.
+    taken up again goes on from its last checkpoint, and its old heartbeat no longer counts.
     """
 
     def __init__(self, job: dict[str, Any]) -> None:
@@ -69,16 +75,18 @@ class History:
 
 
 def numbers(job: dict[str, Any], progress: dict[str, Any]) -> str:
-    """Step, losses, speed and time left, as far as they are known."""
+    """Step, losses, rate, speed and time left, as far as they are known."""
     if "step" not in progress:
         return WAITS if job["status"] == JobStatus.QUEUED else printable(job["status"])
-    parts = [f"step {progress['step']}/{_total(job, progress) or '?'}"]
-    for name, form in FORMS.items():
-        if name in progress:
-            parts.append(form.format(progress[name]))
-    if "seconds_left" in progress:
+    return printable("  ".join([f"step {progress['step']}/{_total(job, progress) or '?'}", *figures(progress)]))
+
+
+def figures(progress: dict[str, Any]) -> list[str]:
+    """What a job's progress tells beside its step."""
+    parts = [form.format(progress[name]) for name, form in FORMS.items() if progress.get(name) is not None]
+    if progress.get("seconds_left") is not None:
         parts.append(f"{clock(progress['seconds_left'])} left")
-    return printable("  ".join(parts))
+    return parts
 
 
 def _total(job: dict[str, Any], progress: dict[str, Any]) -> Any:

@@ -55,6 +55,8 @@ SCOPES = {
     ("GET", "/v1/jobs/{job_id}/events"): "train",
     ("GET", "/v1/jobs/{job_id}/report"): "train",
     ("POST", "/v1/jobs/{job_id}/cancel"): "train",
+    ("POST", "/v1/jobs/{job_id}/pause"): "train",
+    ("POST", "/v1/jobs/{job_id}/resume"): "train",
     ("GET", "/metrics"): "admin",
 }
 

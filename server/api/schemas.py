@@ -121,6 +121,8 @@ class TrainBody(Body):
     context: str | None = Field(default=None, min_length=1, max_length=LONGEST_TEXT)
     template: str | None = None
     seed: Integer | None = None
+    patience: Integer | None = None
+    publish_anyway: bool | None = None
 
     def options(self) -> dict[str, Any]:
         """What was asked for beyond the examples."""

@@ -1,4 +1,4 @@
-"""Training jobs: ask for one, watch it, cancel it."""
+"""Training jobs: ask for one, watch it, pause it, cancel it."""
 
 from __future__ import annotations
 
@@ -74,6 +74,20 @@ async def report(job_id: str, services: Serving, caller: Calling) -> dict[str, A
 async def cancel(job_id: str, services: Serving, caller: Calling) -> dict[str, Any]:
     """A queued job is cancelled at once, a running one within seconds."""
     found = await to_thread.run_sync(services.store.jobs.request_cancel, caller.tenant, job_id, caller.by)
+    return views.job(found)
+
+
+@router.post("/jobs/{job_id}/pause")
+async def pause(job_id: str, services: Serving, caller: Calling) -> dict[str, Any]:
+    """A queued job rests at once, a running one within seconds, and keeps what it has learnt."""
+    found = await to_thread.run_sync(services.store.jobs.request_pause, caller.tenant, job_id, caller.by)
+    return views.job(found)
+
+
+@router.post("/jobs/{job_id}/resume")
+async def resume(job_id: str, services: Serving, caller: Calling) -> dict[str, Any]:
+    """A paused job waits for a worker again, which goes on where it stood."""
+    found = await to_thread.run_sync(services.store.jobs.resume, caller.tenant, job_id, caller.by)
     return views.job(found)
 
 

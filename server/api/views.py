@@ -65,6 +65,7 @@ def job(found: TrainingJob) -> dict[str, Any]:
         "finished_at": _seconds(found.finished_at),
         "attempt": found.attempt,
         "cancel_requested": found.cancel_requested,
+        "pause_requested": found.pause_requested,
         "progress": found.progress,
         "error": found.error and {"code": found.error.code, "message": found.error.message},
         "examples": options["examples"],

@@ -10,7 +10,19 @@ from prefix_store.jobs import BUILT_IN_METHODS, DEFAULTS, METHODS_WITH, Objectiv
 
 PAGE = (Path(__file__).parents[2] / "docs" / "methods.md").read_text("utf-8")
 ROWS = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*) \|$", PAGE[PAGE.index("## Options") :], re.MULTILINE)
-GENERAL = {"method", "objective", "steps", "batch_size", "max_length", "template", "seed", "examples", "data_digest"}
+GENERAL = {
+    "method",
+    "objective",
+    "steps",
+    "batch_size",
+    "max_length",
+    "template",
+    "seed",
+    "patience",
+    "publish_anyway",
+    "examples",
+    "data_digest",
+}
 NO_OPTIONS = {"base_digest", "chat_template", "validation_examples", "unset"}  # what the server fills in
 
 

@@ -77,6 +77,9 @@ def _check_blobs(found: Records) -> None:
     named = {f"{entry['digest']}/version/{path}" for path, entry in found["version"].items()}
     named |= {f"{entry['digest']}/version/{path}" for path, entry in found["tombstone"].items()}
     named |= {f"{job['spec']['data_digest']}/job/{job_id}" for job_id, job in found["job"].items()}
+    checkpoints = {job_id: job["checkpoint"] for job_id, job in found["job"].items() if job.get("checkpoint")}
+    named |= {f"{digest}/checkpoint/{job_id}" for job_id, digest in checkpoints.items()}
+    assert not any(found["job"][job_id]["status"] in ("succeeded", "failed", "cancelled") for job_id in checkpoints)
     assert named == {key for key in found["blob"] if "/hold/" not in key}
     assert not found["version"].keys() & found["tombstone"].keys()
 

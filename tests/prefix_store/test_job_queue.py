@@ -4,12 +4,13 @@ import threading
 
 import pytest
 
+from prefix_store import checkup
 from prefix_store.catalog import Catalog
-from prefix_store.errors import Conflict, JobNotFound, LeaseLost, QuotaExceeded
+from prefix_store.errors import Conflict, JobNotFound, LeaseLost, QuotaExceeded, StoreCorrupt, StoreUnavailable
 from prefix_store.job_queue import LOST
 from prefix_store.jobs import MAX_ATTEMPTS, JobError, JobStatus
 from tests.prefix_store import invariants
-from tests.prefix_store.samples import SPEC, enqueue, publish
+from tests.prefix_store.samples import SPEC, damage, enqueue, publish
 
 LEASE = 60.0
 
@@ -54,6 +55,16 @@ def test_the_least_busy_tenant_goes_first(backend, queue):
     enqueue(backend, "b1", "b2", tenant="b")
     enqueue(backend, "c1", tenant="a-b")  # whose key sorts before that of a
     assert [queue.claim("w", LEASE).id for _ in range(6)] == ["a1", "b1", "c1", "a2", "b2", "a3"]
+
+
+def test_tenants_wait_while_they_have_a_job_that_does(backend, queue):
+    assert queue.waiting() == set()
+    enqueue(backend, "a1", "a2", tenant="a")
+    enqueue(backend, "b1", tenant="a-b")
+    assert queue.waiting() == {"a", "a-b"}
+    for _ in range(2):
+        queue.claim("w", LEASE)
+    assert queue.waiting() == {"a"}
 
 
 def test_a_tenant_whose_workers_are_gone_is_not_busy(backend, queue, clock):
@@ -299,3 +310,182 @@ def test_threads_claim_every_job_once(backend, queue):
     assert len(claimed) == len(set(claimed)) == 12
     versions = Catalog(backend).versions("acme", "support", 0, 100)
     assert [version.version for version in versions] == list(range(1, 13))
+
+
+# pausing, and going on
+
+
+def test_a_queued_job_rests_at_once_and_goes_on_in_its_old_place(backend, queue):
+    enqueue(backend, "ftjob-1", "ftjob-2")
+    paused = queue.request_pause("acme", "ftjob-1")
+    assert paused == queue.job("acme", "ftjob-1")
+    assert (paused.status, paused.attempt, paused.finished_at) == (JobStatus.PAUSED, 0, None)
+    assert queue.claim("w", LEASE).id == "ftjob-2"
+    assert queue.claim("w", LEASE) is None
+    assert queue.resume("acme", "ftjob-1").status is JobStatus.QUEUED
+    enqueue(backend, "ftjob-3")
+    assert queue.claim("w", LEASE).id == "ftjob-1"
+
+
+def test_a_running_job_is_told_to_rest_and_gets_its_attempt_back(backend, queue):
+    enqueue(backend, "ftjob-1")
+    job = queue.claim("w", LEASE)
+    assert queue.request_pause("acme", "ftjob-1").pause_requested
+    assert queue.heartbeat(job, LEASE, {}).pause_requested
+    paused = queue.finish(job, JobStatus.PAUSED, None)
+    assert (paused.status, paused.pause_requested, paused.attempt, paused.lease_until) == ("paused", False, 0, None)
+    with pytest.raises(LeaseLost):
+        queue.heartbeat(job, LEASE, {})
+    queue.resume("acme", "ftjob-1")
+    again = queue.claim("w", LEASE)
+    assert (again.attempt, again.fence, again.pause_requested) == (1, 2, False)
+
+
+def test_a_pause_may_be_taken_back_before_it_is_heard(backend, queue):
+    enqueue(backend, "ftjob-1")
+    job = queue.claim("w", LEASE)
+    queue.request_pause("acme", "ftjob-1")
+    assert queue.resume("acme", "ftjob-1").status is JobStatus.RUNNING
+    assert not queue.heartbeat(job, LEASE, {}).pause_requested
+
+
+@pytest.mark.parametrize("how", ["handed back", "lapsed"])
+def test_a_job_that_was_to_rest_does_so_whatever_becomes_of_its_worker(backend, queue, clock, how):
+    enqueue(backend, "ftjob-1")
+    job = queue.claim("w", LEASE)
+    queue.request_pause("acme", "ftjob-1")
+    if how == "lapsed":
+        clock.now += LEASE
+        assert queue.claim("w2", LEASE) is None
+    else:
+        queue.finish(job, JobStatus.QUEUED, None)
+    assert queue.job("acme", "ftjob-1").status is JobStatus.PAUSED
+
+
+def test_cancelling_is_more_than_pausing(backend, queue):
+    enqueue(backend, "ftjob-1")
+    job = queue.claim("w", LEASE)
+    queue.request_pause("acme", "ftjob-1")
+    queue.request_cancel("acme", "ftjob-1")
+    assert queue.finish(job, JobStatus.PAUSED, None).status is JobStatus.CANCELLED
+
+
+@pytest.mark.parametrize("verb", ["request_pause", "resume"])
+def test_what_cannot_rest_or_go_on_says_so(backend, queue, verb):
+    enqueue(backend, "ftjob-1", "ftjob-2")
+    with pytest.raises(JobNotFound):
+        getattr(queue, verb)("other", "ftjob-1")
+    queue.request_cancel("acme", "ftjob-1")
+    with pytest.raises(Conflict, match="already cancelled"):
+        getattr(queue, verb)("acme", "ftjob-1")
+    if verb == "resume":
+        with pytest.raises(Conflict, match="is queued, not paused"):
+            queue.resume("acme", "ftjob-2")
+    else:
+        queue.request_pause("acme", "ftjob-2")
+        with pytest.raises(Conflict, match="already paused"):
+            queue.request_pause("acme", "ftjob-2")
+
+
+def test_pauses_are_audited(store, backend, queue):
+    enqueue(backend, "ftjob-1")
+    queue.request_pause("acme", "ftjob-1", "key abcdefgh")
+    queue.resume("acme", "ftjob-1")
+    found = {(entry.by, entry.action, entry.target) for entry in store.audit.entries()}
+    assert found == {("key abcdefgh", "job.pause", "ftjob-1"), ("local", "job.resume", "ftjob-1")}
+
+
+# checkpoints
+
+
+def lapse(queue, clock, times=1):
+    """So many workers die of the job; it is claimed again."""
+    for _ in range(times):
+        clock.now += LEASE
+        job = queue.claim("w", LEASE)
+    return job
+
+
+def test_what_a_job_goes_on_from_comes_with_its_claim(store, backend, queue, clock):
+    enqueue(backend, "ftjob-1")
+    job = queue.claim("w", LEASE)
+    assert queue.checkpoint(job) is None
+    for data in (b"first", b"second", b"second"):
+        queue.save_checkpoint(job, data)
+        kept = queue.job("acme", "ftjob-1")
+        assert queue.checkpoint(kept) == data
+        assert set(store.blobs.digests()) == {kept.checkpoint}, "the one before it is gone"
+    assert queue.checkpoint(lapse(queue, clock)) == b"second"
+    assert store.collect() == 0
+
+
+def test_a_stale_worker_saves_nothing(store, backend, queue, clock):
+    enqueue(backend, "ftjob-1")
+    stale = queue.claim("w1", LEASE)
+    queue.save_checkpoint(stale, b"right")
+    fresh = lapse(queue, clock)
+    with pytest.raises(LeaseLost):
+        queue.save_checkpoint(stale, b"late")
+    assert queue.checkpoint(queue.job("acme", "ftjob-1")) == queue.checkpoint(fresh) == b"right"
+    assert store.collect() == 1
+
+
+@pytest.mark.parametrize("end", ["failed", "cancelled", "succeeded", "lost"])
+def test_a_job_that_has_ended_leaves_no_checkpoint(store, backend, queue, clock, end):
+    enqueue(backend, "ftjob-1")
+    job = queue.claim("w", LEASE)
+    queue.save_checkpoint(job, b"state")
+    if end == "succeeded":
+        publish(backend, job=job)
+    elif end == "lost":
+        clock.now += LEASE
+        queue.request_cancel("acme", "ftjob-1")
+        assert queue.claim("w", LEASE) is None
+    else:
+        queue.finish(job, JobStatus(end), None)
+    assert queue.job("acme", "ftjob-1").checkpoint is None
+    assert store.collect() == 1
+
+
+def test_two_jobs_may_stand_at_the_same_place(store, backend, queue):
+    enqueue(backend, "ftjob-1", "ftjob-2")
+    first, second = queue.claim("w", LEASE), queue.claim("w", LEASE)
+    for job in (first, second):
+        queue.save_checkpoint(job, b"same")
+    queue.save_checkpoint(first, b"further")
+    assert queue.checkpoint(queue.job("acme", "ftjob-2")) == b"same"
+
+
+def test_only_attempts_that_got_no_further_count(backend, queue, clock):
+    enqueue(backend, "ftjob-1")
+    job = queue.claim("w", LEASE)
+    for number in range(3):
+        job = lapse(queue, clock, MAX_ATTEMPTS - 1)
+        assert (job.lapses, job.attempt) == (MAX_ATTEMPTS - 1, 1 + (number + 1) * (MAX_ATTEMPTS - 1))
+        queue.save_checkpoint(job, b"step %d" % number)
+    assert lapse(queue, clock, MAX_ATTEMPTS) is None
+    failed = queue.job("acme", "ftjob-1")
+    assert (failed.status, failed.error) == (JobStatus.FAILED, LOST)
+
+
+def test_a_checkpoint_is_counted_whole_and_damage_is_found(store, backend, queue):
+    job = queue.submit("acme", "support", [{"prompt": "a", "completion": "b"}], {})
+    queue.save_checkpoint(queue.claim("w", LEASE), b"state")
+    assert checkup.examine(store, lambda done, total: None).faults == []
+    damage(store, queue.job("acme", job.id).checkpoint, b"other")
+    (fault,) = checkup.examine(store, lambda done, total: None).faults
+    assert fault.startswith(f"{job.id}, its checkpoint: ")
+    with pytest.raises(StoreCorrupt):
+        queue.checkpoint(queue.job("acme", job.id))
+
+
+def test_an_erased_tenant_leaves_no_checkpoint(store, backend, queue):
+    queue.submit("acme", "support", [{"prompt": "a", "completion": "b"}], {})
+    job = queue.claim("w", LEASE)
+    queue.save_checkpoint(job, b"state")
+    store.erase_tenant("acme")
+    assert list(store.blobs.digests()) == []
+    with pytest.raises((LeaseLost, StoreUnavailable)):
+        queue.save_checkpoint(job, b"more")
+    store.collect()
+    assert list(store.blobs.digests()) == []

@@ -92,6 +92,8 @@ def test_a_method_file_with_a_bad_name_is_refused(setting, reason):
         ("bottleneck", 0),
         ("frozen_tokens", -1),
         ("examples", 0),
+        ("patience", -1),
+        ("publish_anyway", 1),
     ],
 )
 def test_spec_names_the_field_it_refuses(field, value):

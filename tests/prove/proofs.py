@@ -7,9 +7,22 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from tests.prove import concurrent_store, inspect, kill_store, model, prefixes, soak, store_costs, tables, users
+from tests.prove import (
+    concurrent_store,
+    inspect,
+    kill_store,
+    kill_worker,
+    model,
+    prefixes,
+    soak,
+    store_costs,
+    tables,
+    users,
+)
 
 PROOFS: dict[str, ModuleType] = {
     proof.SECTION: proof
-    for proof in (model, prefixes, tables, inspect, soak, concurrent_store, kill_store, store_costs, users)
+    for proof in (
+        *(model, prefixes, tables, inspect, soak, users, kill_worker, concurrent_store, kill_store, store_costs),
+    )
 }

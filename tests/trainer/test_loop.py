@@ -13,8 +13,10 @@ from prefix_store.model import apply, frozen
 from tests.models import tiny_frozen, tiny_tokenizer
 from trainer import data, schedule
 from trainer.evaluate import nats_per_token
-from trainer.loop import Fit, Progress, fit, is_due
+from trainer.loop import fit
 from trainer.methods.prefix import DirectKV
+from trainer.progress import Progress
+from trainer.tuning import Fit
 
 SHARED = Path(__file__).parents[3] / "shared"
 FROZEN = apply.attach(tiny_frozen("llama"))
@@ -142,20 +144,6 @@ def test_progress_may_stop_the_run():
     with pytest.raises(InterruptedError):
         fit(FROZEN, method, EXAMPLES, spec, on_progress=stop_at_three)
     assert heard == [1, 2, 3]
-
-
-@pytest.mark.parametrize(
-    ("steps", "times", "due"),
-    [
-        (20, 10, list(range(2, 21, 2))),
-        (19, 10, [2, 4, 6, 8, 10, 12, 14, 16, 18, 19]),
-        (25, 3, [9, 18, 25]),
-        (3, 10, [1, 2, 3]),
-        (1, 10, [1]),
-    ],
-)
-def test_what_is_due_is_spread_over_the_run(steps, times, due):
-    assert [step for step in range(1, steps + 1) if is_due(step, steps, times)] == due
 
 
 def test_a_layer_without_gradient_ends_the_run(monkeypatch):

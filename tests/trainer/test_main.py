@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry
 from prefix_store.jobs import BUILT_IN_METHODS
 from tests.models import save_tiny
 from trainer import __main__ as program
+from trainer import memory
 from trainer.settings import Settings
 
 
@@ -35,6 +36,16 @@ def test_the_start_line_says_what_is_trained_and_where_jobs_come_from(tmp_path, 
     assert line.endswith(f"in float32 on cpu, jobs from {store}")
     assert worker.run_until_empty() == 0
     assert registry.get_sample_value("antefix_worker_steps_total") == 0.0
+
+
+@pytest.mark.parametrize(("megabytes", "expected"), [(3, 3 << 20), (0, 5)])
+def test_steps_may_take_what_was_said_or_half_of_what_is_free(tmp_path, monkeypatch, megabytes, expected):
+    monkeypatch.setattr(memory, "free", lambda device: 5)
+    folder = save_tiny("llama", tmp_path / "tiny")
+    chosen = Settings(
+        model=str(folder), store=f"sqlite:///{tmp_path}/store.db", device="cpu", train_memory_mb=megabytes
+    )
+    assert program.make_worker(chosen, CollectorRegistry())._budget == expected
 
 
 def test_a_method_of_ones_own_stands_in_the_start_line(tmp_path, capsys):

@@ -22,7 +22,7 @@ def test_halves_are_summed_in_full_precision():
 
 def taught(labels: torch.Tensor, ids: torch.Tensor, probabilities: torch.Tensor) -> Group:
     """One example with a token in front, whose others count and have a teacher."""
-    return Group(None, [Example((0, *labels.tolist()), 1, TopTokens(ids.int(), probabilities.half()))])
+    return Group(None, [Example((0, *labels.tolist()), 1, teacher=TopTokens(ids.int(), probabilities.half()))])
 
 
 def test_without_a_teacher_the_loss_is_that_of_the_labels():

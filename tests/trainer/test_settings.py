@@ -18,6 +18,7 @@ def test_the_defaults_work_without_an_environment():
     chosen = settings.read()
     assert (chosen.model, chosen.store, chosen.blobs) == (None, "sqlite:///.antefix/store.db", None)
     assert (chosen.device, chosen.worker_metrics_port, chosen.methods) == ("auto", 8001, {})
+    assert chosen.train_memory_mb == 0
 
 
 def test_the_environment_is_read_and_the_servers_variables_passed_over(monkeypatch):
@@ -38,6 +39,7 @@ def test_methods_of_ones_own_are_files_by_name(monkeypatch):
     ("variable", "value", "reason"),
     [
         ("ANTEFIX_WORKER_METRICS_PORT", "many", "Input should be a valid integer"),
+        ("ANTEFIX_TRAIN_MEMORY_MB", "-1", "Input should be greater than or equal to 0"),
         ("ANTEFIX_METHODS", "prompt.py", "prompt.py: 'prompt' is a method that is built in"),
     ],
 )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,12 +17,13 @@ import pytest
 import torch
 
 from prefix_store import job_report, tensors
-from prefix_store.errors import PrefixNotFound, StoreUnavailable
-from prefix_store.jobs import JobStatus, TrainingJob
+from prefix_store.errors import PayloadTooLarge, PrefixNotFound, StoreUnavailable
+from prefix_store.jobs import JobStatus, TrainingJob, TrainingSpec
 from prefix_store.model import apply
 from prefix_store.prefix import Method, PrefixRef, Window
 from prefix_store.store import Store
 from tests.models import CONTEXT, save_tiny, tiny_frozen
+from trainer import data, memory
 from trainer.job_run import JobRun
 from trainer.worker import Worker
 
@@ -57,6 +59,18 @@ def versions(store: Store, name: str = NAME) -> int:
         return store.prefixes.resolve(PrefixRef(TENANT, name)).version
     except PrefixNotFound:
         return 0
+
+
+def said(store: Store, job: TrainingJob) -> list[str]:
+    """What its owner was told."""
+    events = store.jobs.events(TENANT, job.id, 0, 1000)
+    return [event.data["message"] for event in events if event.kind == "message"]
+
+
+def kept(store: Store, name: str = NAME) -> torch.Tensor:
+    """The published prefix."""
+    _, found = store.prefixes.read(store.prefixes.resolve(PrefixRef(TENANT, name)))
+    return found["self.kv"]
 
 
 def at_step(number: int, act: Callable[[], object]) -> Callable[[], None]:
@@ -128,7 +142,7 @@ def test_a_job_tells_how_it_goes(store):
     events = store.jobs.events(TENANT, job.id, 0, 1000)
     messages = [event.data["message"] for event in events if event.kind == "message"]
     assert messages[0].startswith("training on 11 examples of up to 16 tokens, validating on 1")
-    assert messages[-1].startswith("keeping step ")
+    assert re.fullmatch(r"keeping .*: validation loss \S+ before, \S+ after, \S+ without a prefix", messages[-1])
     metrics = [event.data for event in events if event.kind == "metrics"]
     assert [data["step"] for data in metrics] == list(range(1, 11))
     keys = {"step", "total_steps", "train_loss", "valid_loss", "learning_rate", "tokens_per_second", "seconds_left"}
@@ -240,10 +254,10 @@ def test_bad_data_fails_its_job_and_the_next_one_runs(store):
 
 
 def test_what_nobody_foresaw_fails_the_job_and_is_printed(store, monkeypatch, capsys):
-    def explode(self: JobRun) -> None:
+    def explode(self: JobRun, loss: float) -> None:
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr(JobRun, "publish", explode)
+    monkeypatch.setattr(JobRun, "stepped", explode)
     job = submit(store)
     assert make_worker(store).run_until_empty() == 1
     failed = now(store, job)
@@ -270,13 +284,30 @@ def test_a_worker_that_lost_its_lease_writes_nothing(tmp_path):
         time_now[0] += 61.0
         job_of_other.append(store.jobs.claim("w2", 60.0))
 
-    make_worker(store, on_step=at_step(5, lapse), on_end=ends.append).run_next()
+    make_worker(store, on_step=at_step(5, lapse), on_end=ends.append).run_until_empty()
     assert ends == ["lost"]
     assert job_of_other[0].id == job.id
     assert (now(store, job).status, now(store, job).worker, versions(store)) == (JobStatus.RUNNING, "w2", 0)
     time_now[0] += 61.0
     make_worker(store, "w3").run_until_empty()
     assert (now(store, job).status, now(store, job).attempt, versions(store)) == (JobStatus.SUCCEEDED, 3, 1)
+    store.close()
+
+
+def test_a_worker_that_was_slow_to_beat_may_claim_its_own_job_again_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.worker.ASK_SECONDS", 0.0)
+    time_now = [1000.0]
+    store = Store.open(f"sqlite:///{tmp_path}/store.db", clock=lambda: time_now[0])
+    job, steps = submit(store), []
+
+    def on_step() -> None:
+        steps.append(1)
+        time_now[0] += 61.0 if len(steps) == 5 else 0.0
+
+    ends: list[str] = []
+    make_worker(store, on_step=on_step, on_end=ends.append).run_until_empty()
+    assert (now(store, job).status, now(store, job).attempt, versions(store)) == (JobStatus.SUCCEEDED, 2, 1)
+    assert (len(steps), ends) == (10, ["succeeded"])
     store.close()
 
 
@@ -300,7 +331,7 @@ def test_a_store_that_is_away_when_publishing_leaves_the_job_to_its_lease(store,
 
     with monkeypatch.context() as patch:
         patch.setattr(store.prefixes, "save", away)
-        make_worker(store, on_end=ends.append).run_next()
+        make_worker(store, on_end=ends.append).run_until_empty()
     assert (now(store, job).status, ends) == (JobStatus.RUNNING, ["lost"])
 
 
@@ -310,8 +341,17 @@ def test_a_stopped_worker_hands_its_job_back(store):
     worker.run()
     waiting = now(store, job)
     assert (waiting.status, waiting.attempt, ends) == (JobStatus.QUEUED, 0, ["queued"])
+    assert waiting.checkpoint is not None
     make_worker(store, "w2").run_until_empty()
     assert (now(store, job).status, versions(store)) == (JobStatus.SUCCEEDED, 1)
+    assert "going on from step 4" in said(store, job)
+
+
+def test_a_step_that_takes_too_long_is_not_waited_for(store):
+    job, ends = submit(store), []
+    worker = make_worker(store, on_step=at_step(4, lambda: worker.hand_back()), on_end=ends.append)
+    worker.run_until_empty()
+    assert (ends, now(store, job).attempt) == (["queued", "succeeded"], 1)
 
 
 def test_a_job_claimed_while_stopping_goes_straight_back(store, monkeypatch):
@@ -347,6 +387,233 @@ def test_an_idle_worker_waits_for_jobs_and_for_the_store(store, monkeypatch):
     worker.run(poll_seconds=0.02)
     assert ends == ["succeeded"]
     assert lines[0] == "waiting for the store: away"
+
+
+# interrupted
+
+
+def stop_after(store: Store, steps: int) -> None:
+    """A worker that is told to stop after so many steps."""
+    worker = make_worker(store, on_step=at_step(steps, lambda: worker.stop()))
+    worker.run()
+
+
+@pytest.mark.parametrize("after", [1, 4, 9])
+def test_an_interrupted_job_ends_with_the_bytes_of_an_undisturbed_one(store, after):
+    submit(store, name="whole")
+    make_worker(store).run_until_empty()
+    job = submit(store, name="cut")
+    stop_after(store, after)
+    assert now(store, job).status is JobStatus.QUEUED
+    make_worker(store, "w2").run_until_empty()
+    assert len({store.prefixes.resolve(PrefixRef(TENANT, name)).digest for name in ("whole", "cut")}) == 1
+    metrics = [event for event in store.jobs.events(TENANT, job.id, 0, 1000) if event.kind == "metrics"]
+    assert sorted(event.data["step"] for event in metrics) == list(range(1, 11)), "no step was taken twice"
+
+
+def test_a_checkpoint_goes_with_its_job(store):
+    job = submit(store)
+    stop_after(store, 4)
+    before = now(store, job).checkpoint
+    stop_after(store, 3)
+    after = now(store, job).checkpoint
+    assert before not in (None, after)
+    assert before not in set(store.blobs.digests()), "the one before it is removed at once"
+    make_worker(store).run_until_empty()
+    assert now(store, job).checkpoint is None
+    assert store.collect() == 1
+
+
+@pytest.mark.parametrize("damage", ["blob", "state"])
+def test_a_checkpoint_that_cannot_be_used_costs_only_the_steps(store, damage):
+    job = submit(store)
+    stop_after(store, 4)
+    claimed = store.jobs.claim("w", 60.0)
+    if damage == "state":
+        store.jobs.save_checkpoint(claimed, b"something else")
+    else:
+        store.blobs.remove_unless(claimed.checkpoint, lambda: False)
+    store.jobs.finish(claimed, JobStatus.QUEUED, None)
+    make_worker(store).run_until_empty()
+    assert now(store, job).status is JobStatus.SUCCEEDED
+    assert any("begins anew" in line for line in said(store, job))
+
+
+def test_a_checkpoint_that_the_store_cannot_hold_costs_only_safety(store, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise PayloadTooLarge("at most 256 MB")
+
+    monkeypatch.setattr(store.jobs, "save_checkpoint", refuse)
+    job = submit(store)
+    make_worker(store, checkpoint_seconds=0.0).run_until_empty()
+    assert now(store, job).status is JobStatus.SUCCEEDED
+    assert any(re.fullmatch(r"no checkpoint of step \d+: at most 256 MB", line) for line in said(store, job))
+
+
+def test_a_running_job_rests_and_goes_on(store):
+    submit(store, name="whole")
+    make_worker(store).run_until_empty()
+    job, ends = submit(store, name="rested"), []
+    pause = at_step(4, lambda: store.jobs.request_pause(TENANT, job.id))
+
+    def on_step() -> None:
+        pause()
+        time.sleep(0.1)  # several heartbeats
+
+    make_worker(store, on_step=on_step, on_end=ends.append, heartbeat_seconds=0.01).run_until_empty()
+    rested = now(store, job)
+    assert (rested.status, rested.pause_requested, ends) == (JobStatus.PAUSED, False, ["paused"])
+    assert make_worker(store).run_until_empty() == 0
+    store.jobs.resume(TENANT, job.id)
+    make_worker(store).run_until_empty()
+    assert torch.equal(kept(store, "rested"), kept(store, "whole"))
+    assert any(line.startswith("going on from step") for line in said(store, job))
+
+
+# many at once
+
+
+def watched(store: Store, also: Callable[[], object] = lambda: None, **options) -> tuple[Worker, list[set[str]]]:
+    """A worker, and who was with it at each step of a job."""
+    together: list[set[str]] = []
+
+    def on_step() -> None:
+        together.append({run.job.name for run in worker._runs})
+        also()
+
+    worker = make_worker(store, on_step=on_step, **options)
+    return worker, together
+
+
+def test_jobs_in_one_step_end_as_they_would_alone(store):
+    options = [{}, {"virtual_tokens": 5, "seed": 3}, {"batch_size": 4, "steps": 7}, {"learning_rate": 0.3, "steps": 13}]
+    for number, option in enumerate(options):
+        submit(store, name=f"alone-{number}", **option)
+        make_worker(store).run_until_empty()
+    for number, option in enumerate(options):
+        submit(store, EXAMPLES[: 12 - number % 2], name=f"other-{number}", **option)  # neighbours with other data
+        submit(store, name=f"packed-{number}", **option)
+    worker, together = watched(store)
+    assert worker.run_until_empty() == 2 * len(options)
+    assert max(map(len, together)) == 2 * len(options)
+    for number in range(len(options)):
+        torch.testing.assert_close(kept(store, f"packed-{number}"), kept(store, f"alone-{number}"), atol=1e-5, rtol=0)
+
+
+def test_new_jobs_are_admitted_between_steps(store, monkeypatch):
+    monkeypatch.setattr("trainer.worker.ASK_SECONDS", 0.0)
+    submit(store, name="first")
+    worker, together = watched(store, at_step(4, lambda: submit(store, name="late")))
+    assert worker.run_until_empty() == 2
+    assert together[3] == {"first"}
+    assert {"first", "late"} in together
+    assert together[-1] == {"late"}
+
+
+def test_who_validates_keeps_nobody_waiting(store):
+    submit(store, EXAMPLES * 8, name="slow", batch_size=1)  # nine slices for the bare model, and nine for the start
+    submit(store, name="quick", steps=40)
+    seen: list[dict[str, tuple[int, bool]]] = []
+
+    def look() -> None:
+        seen.append({run.job.name: (run.tuning.step, run.validation is None) for run in worker._runs})
+
+    worker, _ = watched(store, look)
+    worker.run_until_empty()
+    meanwhile = [state["quick"][0] for state in seen if state.get("slow") == (0, False) and "quick" in state]
+    assert max(meanwhile) >= 8
+
+
+def cost(**options) -> int:
+    """What a job of ours takes in memory, by the worker's estimate."""
+    spec = TrainingSpec("0" * 64, len(EXAMPLES), **{**QUICK, **options})
+    examples = data.tokenize(FROZEN.tokenizer, EXAMPLES, spec.max_length)
+    return memory.of_step(FROZEN, examples, spec.batch_size, spec.virtual_tokens)
+
+
+def test_memory_bounds_who_shares_a_step_and_nobody_is_passed_for_ever(store, monkeypatch):
+    monkeypatch.setattr("trainer.worker.ASK_SECONDS", 0.0)
+    for name, options in {"a": {}, "b": {"steps": 15}, "big": {"batch_size": 8}, "d": {}}.items():
+        submit(store, name=name, **options)
+    worker, together = watched(store, memory_bytes=2 * cost())
+    assert cost(batch_size=8) > 2 * cost()
+    assert worker.run_until_empty() == 4
+    order = list(dict.fromkeys(frozenset(names) for names in together))
+    assert order == [{"a", "b"}, {"b"}, {"big"}, {"d"}], "b's neighbour had left room for d, but big came first"
+
+
+def test_in_a_full_worker_who_has_several_makes_way_for_who_has_none(store, monkeypatch):
+    monkeypatch.setattr("trainer.worker.ASK_SECONDS", 0.0)
+    submit(store, name="whole", steps=60)
+    make_worker(store).run_until_empty()
+    for name in ("a", "b"):
+        submit(store, name=name, steps=60)
+    late = at_step(20, lambda: store.jobs.submit("other", "late", EXAMPLES, QUICK))
+    worker, together = watched(store, late, memory_bytes=2 * cost())
+    worker.run_until_empty()
+    order = [set(names) for names, before in zip(together, [set(), *together], strict=False) if names != before]
+    assert order[:3] == [{"a", "b"}, {"a", "late"}, {"a", "b"}]
+    assert torch.equal(kept(store, "b"), kept(store, "whole"))
+    assert store.jobs.job_counts()[JobStatus.SUCCEEDED] == 4
+
+
+def test_one_that_fails_is_alone_in_it(store):
+    """Diverged, cancelled, paused, taken away, for another model: each beside a job that must not notice."""
+    submit(store, name="alone")
+    make_worker(store).run_until_empty()
+    jobs = {name: submit(store, name=name) for name in ("good", "nan", "cancelled", "paused", "taken")}
+    jobs["misfit"] = submit(store, name="misfit", base_digest="0" * 64)
+
+    def strike() -> None:
+        run = {run.job.name: run for run in worker._runs}
+        run["nan"].tuning.method.parameters()[0].data[:] = float("nan")
+        store.jobs.request_cancel(TENANT, jobs["cancelled"].id)
+        store.jobs.request_pause(TENANT, jobs["paused"].id)
+        store.jobs.finish(run["taken"].job, JobStatus.PAUSED, None)
+
+    ends: list[str] = []
+    steps = at_step(13, strike)
+    worker, _ = watched(store, lambda: (steps(), time.sleep(0.02)), on_end=ends.append, heartbeat_seconds=0.01)
+    worker.run_until_empty()
+    found = {name: now(store, job) for name, job in jobs.items()}
+    assert {name: job.status.value for name, job in found.items()} == {
+        "good": "succeeded", "nan": "failed", "cancelled": "cancelled", "paused": "paused", "taken": "paused",
+        "misfit": "failed",
+    }  # fmt: skip
+    assert (found["nan"].error.code, found["misfit"].error.code) == ("training_diverged", "prefix_mismatch")
+    assert sorted(ends) == ["cancelled", "failed", "failed", "lost", "paused", "succeeded"]
+    torch.testing.assert_close(kept(store, "good"), kept(store, "alone"), atol=1e-5, rtol=0)
+
+
+def test_what_was_with_a_dead_worker_is_tried_alone_until_it_gets_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.worker.ASK_SECONDS", 0.0)
+    time_now = [1000.0]
+    store = Store.open(f"sqlite:///{tmp_path}/store.db", clock=lambda: time_now[0])
+    suspect = submit(store, name="suspect")
+    store.jobs.claim("dead", 60.0)
+    time_now[0] += 61.0
+    submit(store, name="other")
+    worker, together = watched(store, checkpoint_seconds=0.0)
+    assert worker.run_until_empty() == 2
+    assert together[0] == {"suspect"}
+    assert {"suspect", "other"} in together
+    assert (now(store, suspect).lapses, now(store, suspect).status) == (0, JobStatus.SUCCEEDED)
+    store.close()
+
+
+def test_a_prefix_no_better_than_none_is_published_only_if_asked(store):
+    """A start that harms, at a rate that changes nothing."""
+    harmless = {"learning_rate": 1e-7, "steps": 2, "init_text": "is is"}
+    refused = submit(store, **harmless)
+    asked = submit(store, name="asked", publish_anyway=True, **harmless)
+    make_worker(store).run_until_empty()
+    after, bare = re.fullmatch(r"keeping .*, (\S+) after, (\S+) without a prefix", said(store, asked)[-1]).groups()
+    assert float(after) > float(bare), "else this shows nothing"
+    failed = now(store, refused)
+    assert (failed.status, failed.error.code, versions(store)) == (JobStatus.FAILED, "no_improvement", 0)
+    told = re.search(r"loss is (\S+) with the prefix and (\S+) without", failed.error.message).groups()
+    assert [round(float(loss), 3) for loss in told] == pytest.approx([float(after), float(bare)], abs=2e-3)
+    assert (now(store, asked).status, versions(store, "asked")) == (JobStatus.SUCCEEDED, 1)
 
 
 # real processes

@@ -21,6 +21,15 @@ def test_list_show_and_cancel(antefix: Antefix, tmp_path: Path) -> None:
     assert again.exit_code == 1
 
 
+def test_pause_and_resume(antefix: Antefix, tmp_path: Path) -> None:
+    job_id = queue(antefix, tmp_path)
+    assert antefix("jobs", "pause", job_id).stdout == f"{job_id}\tsums\tpaused\n"
+    assert antefix("jobs", "resume", job_id).stdout == f"{job_id}\tsums\tqueued\n"
+    again = antefix("jobs", "resume", job_id)
+    assert (again.exit_code, again.stderr) == (1, f"antefix: job {job_id} is queued, not paused\n")
+    antefix("jobs", "cancel", job_id)
+
+
 def test_an_unknown_job_is_an_error(antefix: Antefix) -> None:
     result = antefix("jobs", "ftjob-none")
     assert (result.exit_code, result.stderr) == (1, "antefix: there is no job 'ftjob-none'\n")
@@ -28,7 +37,7 @@ def test_an_unknown_job_is_an_error(antefix: Antefix) -> None:
 
 @pytest.mark.parametrize("job_id", ["ls", "", "../prefixes"])
 def test_what_can_be_no_id_does_not_lead_elsewhere(antefix: Antefix, job_id: str) -> None:
-    for arguments in (["jobs", "show", job_id], ["jobs", "cancel", job_id]):
+    for arguments in (["jobs", verb, job_id] for verb in ("show", "cancel", "pause", "resume")):
         result = antefix(*arguments)
         assert (result.exit_code, result.stdout) == (1, "")
         assert f"a job's id begins with ftjob-, got {job_id!r}; `antefix jobs` lists them" in result.stderr
@@ -40,7 +49,18 @@ def test_a_running_job_shows_its_step(antefix: Antefix, running: Running, tmp_pa
     assert claimed is not None
     assert claimed.id == job_id
     running.store.jobs.heartbeat(claimed, 60, {"step": 3, "total_steps": 200})
-    assert f"{job_id}\tsums\trunning\tstep 3 of 200" in antefix("jobs").stdout
+    assert f"{job_id}\tsums\trunning\tstep 3 of 200\n" in antefix("jobs").stdout
+    told = {
+        "train_loss": 2.5,
+        "valid_loss": 2.25,
+        "learning_rate": 0.06,
+        "tokens_per_second": 1234.5,
+        "total_steps": 200,
+    }
+    running.store.jobs.heartbeat(claimed, 60, {"step": 3, **told, "seconds_left": 61.2})
+    figures = "loss 2.500\tvalidation 2.250\trate 0.06\t1,234 tokens/s\t1:01 left"
+    assert f"{job_id}\tsums\trunning\tstep 3 of 200\t{figures}\n" in antefix("jobs").stdout
+    assert antefix("jobs", "pause", job_id).stdout.endswith("\tpausing\n")
     assert antefix("jobs", "cancel", job_id).stdout.endswith("\tcancelling\n")
 
 

@@ -127,7 +127,7 @@ def test_the_first_bad_lines_are_named_and_no_more_than_five(antefix: Antefix, t
 
 def test_help_tells_every_default(antefix: Antefix) -> None:
     shown = " ".join(antefix("train", "--help").stdout.replace("│", "").split())
-    assert (shown.count("Default:"), shown.count("Default: chosen by the data.")) == (16, 4)
+    assert (shown.count("Default:"), shown.count("Default: chosen by the data.")) == (17, 4)
 
 
 def test_blank_lines_are_passed_over_and_no_line_is_an_error(data: Path, tmp_path: Path) -> None:
@@ -190,14 +190,17 @@ def test_every_option_of_a_job_can_be_given(
         **{"method": "prefix_mlp", "virtual_tokens": 4, "steps": 5, "learning_rate": 0.2, "batch_size": 3, "seed": 7},
         **{"schedule": "cosine", "warmup": 0.1, "weight_decay": 0.5, "max_length": 64, "template": "{prompt}:"},
         **{"init": "random_tokens", "init_text": "a", "init_from": "b@1", "frozen_tokens": 2, "bottleneck": 8},
-        **{"feature_map": "gelu"},
+        **{"feature_map": "gelu", "patience": 3},
     }
+    flags = ["--publish-anyway"]
     given = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
-    result = antefix("train", "--no-wait", "--name", "x", "--data", data, "--context", tmp_path / "context", *given)
+    result = antefix(
+        "train", "--no-wait", "--name", "x", "--data", data, "--context", tmp_path / "context", *given, *flags
+    )
     assert result.exit_code == 0, result.stderr
     body = sent.pop()
     del body["examples"]
-    assert body == options | {"objective": "distil", "context": "A long text."}
+    assert body == options | {"objective": "distil", "context": "A long text.", "publish_anyway": True}
     assert set(body) == OPTIONS - {"base_digest", "chat_template"}
 
 
@@ -282,3 +285,10 @@ def test_no_field_of_a_job_moves_the_cursor(
 def test_a_step_s_figures_move_no_cursor() -> None:
     progress = {"step": HOSTILE}
     assert watch.numbers(JOB | {"options": {"steps": HOSTILE}}, progress) == f"step {SPELT}/{SPELT}"
+
+
+def test_a_job_that_rests_is_not_waited_for(antefix: Antefix, instead: Instead, data: Path) -> None:
+    instead(one_job(JOB, JOB | {"status": "paused"}, ""))
+    result = antefix("train", "--name", "sums", "--data", data)
+    assert result.exit_code == 1
+    assert f"the job was paused; to go on: antefix jobs resume {JOB['id']}" in result.stderr

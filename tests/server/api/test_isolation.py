@@ -106,6 +106,8 @@ WAYS: dict[tuple[str, str], list[Way]] = {
     ("GET", "/v1/jobs/{job_id}/events"): [job("/v1/jobs/<id>/events?after=0")],
     ("GET", "/v1/jobs/{job_id}/report"): [job("/v1/jobs/<id>/report")],
     ("POST", "/v1/jobs/{job_id}/cancel"): [job("/v1/jobs/<id>/cancel")],
+    ("POST", "/v1/jobs/{job_id}/pause"): [job("/v1/jobs/<id>/pause")],
+    ("POST", "/v1/jobs/{job_id}/resume"): [job("/v1/jobs/<id>/resume")],
 }
 
 

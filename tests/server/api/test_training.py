@@ -74,6 +74,8 @@ def test_a_job_is_queued_with_its_examples_and_options(client: TestClient, store
         ({"examples": EXAMPLES, "virtual_tokens": 4000}, "virtual_tokens"),
         ({"examples": EXAMPLES, "template": "no place"}, "template"),
         ({"examples": EXAMPLES, "template": 3}, "template"),
+        ({"examples": EXAMPLES, "patience": -1}, "patience"),
+        ({"examples": EXAMPLES, "publish_anyway": "perhaps"}, "publish_anyway"),
     ],
 )
 def test_what_cannot_be_trained_is_400_and_named(client: TestClient, body: dict[str, Any], param: str) -> None:
@@ -206,7 +208,21 @@ def test_cancel(client: TestClient, store: Store) -> None:
     assert client.post(f"/v1/jobs/{running}/cancel").json()["cancel_requested"] is True
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", ""), ("GET", "/events"), ("GET", "/report"), ("POST", "/cancel")])
+def test_pause_and_resume(client: TestClient, store: Store) -> None:
+    job_id = train(client)["id"]
+    assert client.post(f"/v1/jobs/{job_id}/pause").json()["status"] == "paused"
+    assert client.post(f"/v1/jobs/{job_id}/pause").status_code == 409
+    assert client.post(f"/v1/jobs/{job_id}/resume").json()["status"] == "queued"
+    assert client.post(f"/v1/jobs/{job_id}/resume").status_code == 409
+    store.jobs.claim("worker", 60)
+    shown = client.post(f"/v1/jobs/{job_id}/pause").json()
+    assert (shown["status"], shown["pause_requested"]) == ("running", True)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", ""), ("GET", "/events"), ("GET", "/report"), ("POST", "/cancel"), ("POST", "/pause"), ("POST", "/resume")],
+)
 def test_an_unknown_job_is_404(client: TestClient, method: str, path: str) -> None:
     reply = client.request(method, f"/v1/jobs/ftjob-none{path}")
     assert (reply.status_code, reply.json()["error"]["code"]) == (404, "job_not_found")

@@ -16,9 +16,11 @@ from prefix_store.model import apply
 from tests.models import tiny_frozen
 from trainer import schedule
 from trainer.data import Example, collate, shuffled_batches
-from trainer.loop import CLIP, Progress, fit
+from trainer.loop import fit
 from trainer.methods import METHODS
 from trainer.methods.base import KVMethod
+from trainer.progress import Progress
+from trainer.tuning import CLIP
 
 P, MIDDLE, STEPS, RATE = 5, 24, 3, 0.3
 EXAMPLES = [Example(tuple(range(first, first + length)), 3) for first, length in ((2, 9), (30, 6), (60, 12), (90, 7))]

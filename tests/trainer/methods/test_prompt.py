@@ -17,8 +17,10 @@ from prefix_store.prefix import Method, PrefixManifest, Window
 from tests.models import BOS, CONTEXT, FAMILIES, VOCABULARY, WINDOW, tiny_frozen, tiny_tokenizer
 from trainer import schedule
 from trainer.data import Example, collate, shuffled_batches
-from trainer.loop import CLIP, Progress, fit
+from trainer.loop import fit
 from trainer.methods.prompt import SoftPrompt
+from trainer.progress import Progress
+from trainer.tuning import CLIP
 
 P = WINDOW + 3  # more than a sliding layer sees at once
 STEPS, RATE = 3, 0.3

@@ -1,0 +1,74 @@
+"""What a training step takes in memory, and how much there is for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from prefix_store.model.frozen import FrozenModel
+from trainer.data import Example
+
+# Of what is free when the worker starts. The server beside it, and the system's own caches, want the rest.
+SHARE = 0.5
+# Numbers that a layer keeps for the backward, for each token: so many times its hidden size, its heads' outputs, its
+# keys and values, and its feed-forward's width; and so many for each head and each token that is attended to.
+HIDDEN, HEADS, KV, FORWARD, SCORES = 8, 3, 6, 4, 4
+LOGITS = 4  # for each token and word of the vocabulary
+STATE = 6  # a prefix, its gradient, two moments, its best, and one on its way
+BYTES = 4  # float32
+
+
+def of_step(frozen: FrozenModel, examples: Sequence[Example], rows: int, virtual_tokens: int) -> int:
+    """Bytes that a forward and backward over `rows` of the longest examples behind a prefix take at most, about.
+
+    A plain count of what the reference's layers keep, attention written out in full; a forward that keeps less takes
+    less.
+    """
+    geometry = frozen.geometry
+    tokens = max(len(example.ids) for example in examples)
+    seen = virtual_tokens + tokens
+    width = _width(frozen)
+    layer = HIDDEN * geometry.hidden_size + HEADS * geometry.query_heads * geometry.head_dim
+    layer += KV * geometry.kv_heads * geometry.head_dim + FORWARD * width + SCORES * geometry.query_heads * seen
+    prefixes = geometry.kv_numbers_per_token * virtual_tokens
+    numbers = rows * tokens * (geometry.layers * layer + LOGITS * frozen.vocabulary_size) + rows * prefixes
+    return BYTES * (numbers + STATE * prefixes)
+
+
+def free(device: torch.device) -> int:
+    """Bytes that training may take on a device unless it is told otherwise."""
+    if device.type == "cuda":
+        return int(SHARE * torch.cuda.mem_get_info(device)[0])
+    return int(SHARE * min(_available(), _allowed()))
+
+
+def _width(frozen: FrozenModel) -> int:
+    """Of a layer's feed-forward; transformers' families call it by several names, and four times the hidden size is
+    what most have."""
+    config = frozen.model.config.get_text_config()
+    for name in ("intermediate_size", "ffn_dim", "n_inner"):
+        if isinstance(width := getattr(config, name, None), int):
+            return width
+    return 4 * frozen.geometry.hidden_size
+
+
+def _available() -> int:
+    """What the machine could give without swapping; where it does not say, all that it has."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _allowed() -> int:
+    """What a container may still take."""
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    if not text.isdigit():
+        return 2**63
+    return max(0, int(text) - (int(used.read_text()) if used.is_file() else 0))

@@ -1,0 +1,57 @@
+"""Where a run stands, for its owner to read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from trainer.tuning import Fit, Tuning
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after a step; losses in nats per completion token."""
+
+    step: int
+    total_steps: int
+    train_loss: float
+    valid_loss: float | None
+    learning_rate: float
+    tokens_per_second: float
+    seconds_left: float
+
+
+class Meter:
+    """Tells how fast a run is since it was begun, or taken up again, here; neighbours take their part of the time."""
+
+    def __init__(self, tuning: Tuning, clock: Callable[[], float]) -> None:
+        self._tuning, self._clock = tuning, clock
+        self._started, self._first, self._tokens = clock(), tuning.step, 0
+
+    def progress(self, train_loss: float, valid_loss: float | None) -> Progress:
+        """Once for every step, after it, and for one that was taken before but validated here."""
+        tuning, steps = self._tuning, self._tuning.spec.steps
+        self._tokens += tuning.batch_tokens
+        elapsed = max(self._clock() - self._started, 1e-9)
+        left = elapsed / max(1, tuning.step - self._first) * (steps - tuning.step)
+        return Progress(tuning.step, steps, train_loss, valid_loss, tuning.rate, self._tokens / elapsed, left)
+
+
+def line(progress: Progress) -> str:
+    """A step for people to read."""
+    valid = f", validation {progress.valid_loss:.3f}" if progress.valid_loss is not None else ""
+    return (
+        f"step {progress.step}/{progress.total_steps}, loss {progress.train_loss:.3f}{valid}, "
+        f"{progress.tokens_per_second:,.0f} tokens/s, {progress.seconds_left:.0f} s left"
+    )
+
+
+def summary(result: Fit) -> str:
+    """What was gained, for people to read."""
+    if result.valid_loss is None:
+        return f"keeping step {result.step}; too few examples to validate on"
+    bare = f", {result.bare_loss:.3f} without a prefix" if result.bare_loss is not None else ""
+    return (
+        f"keeping step {result.step}: validation loss {result.start_loss:.3f} before, "
+        f"{result.valid_loss:.3f} after{bare}"
+    )
