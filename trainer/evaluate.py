@@ -8,7 +8,7 @@ import torch
 
 from prefix_store.model.apply import PrefixRows
 from prefix_store.model.frozen import FrozenModel
-from trainer import forward, objective
+from trainer import forward
 from trainer.data import Example
 from trainer.forward import Group
 
@@ -28,5 +28,4 @@ def nats_per_token(
 
 def nats(frozen: FrozenModel, groups: Sequence[Group]) -> list[float]:
     """For each group its loss, summed over its tokens that count."""
-    every = forward.logits(frozen, groups)
-    return [objective.loss(logits, group).item() * len(logits) for logits, group in zip(every, groups, strict=True)]
+    return [found.item() for found in forward.losses(frozen, groups)]

@@ -6,20 +6,24 @@ from collections.abc import Sequence
 
 import torch
 
-from prefix_store.model.example import TopTokens
-from trainer.forward import Group
+from prefix_store.model.example import Example
+from trainer.head import Objective
 
 TINY = 1e-7  # a probability below which float32 cannot tell what is left of 1
 
 
-def loss(logits: torch.Tensor, group: Group) -> torch.Tensor:
-    """Nats per token that counts, from the logits `[C, V]` of a group: against its labels, or what its teacher said.
+def of(examples: Sequence[Example]) -> Objective:
+    """What the examples ask for: from the logits `[c, V]` of some of their labels, and which these are, their nats.
 
-    Examples have a teacher all or none.
+    Against the labels themselves, or against what a teacher said of them: examples have a teacher all or none.
     """
-    teachers = [example.teacher for example in group.examples if example.teacher is not None]
-    whole = distance(logits, teachers) if teachers else nats(logits, group.labels)
-    return whole / len(logits)
+    teachers = [example.teacher for example in examples if example.teacher is not None]
+    if teachers:
+        ids = torch.cat([teacher.ids for teacher in teachers])
+        probabilities = torch.cat([teacher.probabilities for teacher in teachers])
+        return lambda logits, places: distance(logits, ids[places], probabilities[places])
+    labels = torch.tensor([example.ids[place] for example in examples for place in example.targets])
+    return lambda logits, places: nats(logits, labels[places])
 
 
 def nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -27,15 +31,14 @@ def nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.float(), labels.to(logits.device), reduction="sum")
 
 
-def distance(logits: torch.Tensor, teachers: Sequence[TopTokens]) -> torch.Tensor:
-    """-sum p log q over each teacher's likeliest tokens and all others as one, summed, in float32.
+def distance(logits: torch.Tensor, ids: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """-sum p log q over a teacher's likeliest tokens, `ids` `[c, 20]`, and all others as one, summed, in float32.
 
-    q is `logits` `[C, V]` made probabilities. Context distillation as in Cartridges (Eyuboglu et al. 2025), which
-    leaves out the others: its least is then where they have no probability at all, far from a teacher that is unsure.
-    Where the teacher's likeliest tokens have all of the probability the two are the same.
+    p is `probabilities`, and q is `logits` `[c, V]` made probabilities. Context distillation as in Cartridges
+    (Eyuboglu et al. 2025), which leaves out the others: its least is then where they have no probability at all, far
+    from a teacher that is unsure. Where the likeliest tokens have all of the probability the two are the same.
     """
-    ids = torch.cat([teacher.ids for teacher in teachers]).to(logits.device, torch.long)
-    p = torch.cat([teacher.probabilities for teacher in teachers]).to(logits.device, torch.float32)
+    ids, p = ids.to(logits.device, torch.long), probabilities.to(logits.device, torch.float32)
     logits = logits.float()
     log_q = logits.gather(1, ids) - logits.logsumexp(1, keepdim=True)
     others = -torch.expm1(log_q.logsumexp(1))  # 1 - their sum

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from prefix_store.model.frozen import FrozenModel
-from trainer import evaluate, forward, objective
+from trainer import evaluate, forward
 from trainer.tuning import Tuning, finite
 from trainer.validation import Validation
 
@@ -37,8 +37,8 @@ def score(frozen: FrozenModel, passes: Sequence[Validation]) -> list[float | Exc
 
 def _gradients(frozen: FrozenModel, tunings: Sequence[Tuning]) -> list[float]:
     groups = [tuning.group() for tuning in tunings]
-    every = forward.logits(frozen, groups)
-    losses = [objective.loss(logits, group) for logits, group in zip(every, groups, strict=True)]
+    sums = forward.losses(frozen, groups)
+    losses = [found / len(group.labels) for found, group in zip(sums, groups, strict=True)]
     numbers = [finite(loss.item(), "training") for loss in losses]
     torch.stack(losses).sum().backward()
     return numbers

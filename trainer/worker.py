@@ -14,10 +14,9 @@ import torch
 
 from prefix_store.errors import AntefixError, LeaseLost, StoreUnavailable
 from prefix_store.jobs import JobError, JobStatus, TrainingJob
-from prefix_store.model import apply
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.store import Store
-from trainer import memory
+from trainer import memory, training_model
 from trainer.job_run import JobRun, NoImprovement
 from trainer.lease import Cancelled, Lease, Leases, Paused
 from trainer.methods import METHODS
@@ -67,7 +66,7 @@ class Worker:
     ) -> None:
         self.name = name
         self._store = store
-        self._frozen = apply.attach(frozen)
+        self._frozen = training_model.attach(frozen)
         self._methods = methods
         self._budget = memory.free(frozen.device) if memory_bytes is None else memory_bytes
         self._lease_seconds, self._checkpoint_seconds = lease_seconds, checkpoint_seconds

@@ -8,6 +8,7 @@ stands at the row's own offset.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,6 +109,24 @@ class _Forward:
     prefixes: PrefixRows
     real_index: torch.Tensor
     observer: Callable[[Seen], None] | None = None
+
+
+class Attends(ABC):
+    """What may ride through the model in the place of the plain form: rows that attend in a way of their own."""
+
+    @abstractmethod
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Query `[B, Hq, T, D]`, key and value `[B, Hkv, T, D]`, without a mask: `[B, T, Hq, D]`."""
 
 
 def attach(frozen: FrozenModel) -> FrozenModel:
@@ -213,7 +232,7 @@ def attention(
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    prefix: _Forward | None = None,
+    prefix: _Forward | Attends | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention face: query `[B, Hq, T, D]`, key and value `[B, Hkv, S, D]`, added mask `[B, 1, T, S]`.
@@ -225,6 +244,9 @@ def attention(
     if unknown := arguments.strange(others):
         raise ModelUnsupported(f"the model's attention uses {', '.join(unknown)}, which a prefix cannot share yet")
     layer: int = module.layer_idx  # type: ignore[assignment]
+    if isinstance(prefix, Attends):
+        own = prefix.attend(layer, query, key, value, scaling=scaling, sliding_window=sliding_window, softcap=softcap)
+        return own, None
     if prefix is not None:
         kv = prefix.prefixes.kv[:, layer].to(key.dtype)
         key, value = torch.cat([kv[:, 0], key], dim=2), torch.cat([kv[:, 1], value], dim=2)

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from prefix_store.errors import ModelUnsupported
+from prefix_store.model import activation
 from prefix_store.model.frozen import FrozenModel
-from server.engine import activation, attention, linear
+from server.engine import attention, linear
 from server.engine.attention import StepContext
 from server.engine.attention.work import prefill_item
 from server.engine.batch import Batch

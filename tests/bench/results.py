@@ -23,7 +23,7 @@ FOLDER = ROOT / "docs" / "results"
 CACHE = Path("~/.cache/antefix/bench").expanduser()
 PACKAGES = ("torch", "transformers", "peft")
 # What a number depends on, apart from the machine and the packages.
-MEASURED = ("server", "prefix_store", "tests/bench")
+MEASURED = ("server", "prefix_store", "trainer", "tests/bench")
 # Written by the benchmarks themselves.
 OUTPUTS = (":!docs/results", ":!README.md")
 

@@ -9,7 +9,20 @@ from typing import Any
 import pytest
 import torch
 
-from tests.bench import agreement, fair, flat, growth, http, latency, long, machine, peers, results, throughput
+from tests.bench import (
+    agreement,
+    fair,
+    flat,
+    growth,
+    http,
+    latency,
+    long,
+    machine,
+    peers,
+    results,
+    throughput,
+    training,
+)
 from tests.bench.arms import BARE, CACHED, OURS, TEXT, Antefix
 from tests.bench.drive import engine_of
 from tests.bench.results import Kept
@@ -178,6 +191,19 @@ def test_http():
     (found,) = measured["rounds"]
     assert 6 <= found["events"] <= 36
     assert found["streams_with_the_offline_text"] >= 5
+
+
+@pytest.mark.slow
+def test_training():
+    size = training.Size(
+        shape=TINY_GPT2, virtual_tokens=4, rows=3, tokens=12, users=3, shortest=4, short=8, rounds=2, together_rounds=2
+    )
+    measured = sound("training", training.measure(NOTHING_KEPT, size))
+    assert set(measured["jobs"][training.ONE]["ratios"]) == {training.PEFT, training.HALF, training.FULL}
+    for found in measured["jobs"].values():
+        assert found["largest_difference_of_losses"][training.PEFT] < found["with_another_prefix"]
+    state = {name: found["state_bytes"] for name, found in measured["memory"].items()}
+    assert state[training.OURS] == state[training.PEFT] < state[training.FULL]
 
 
 def test_w_is_what_it_is_said_to_be():

@@ -6,13 +6,12 @@ from itertools import chain
 from typing import Any
 
 from prefix_store.jobs import TrainingSpec
-from prefix_store.model import apply
 from tests.models import tiny_frozen, tiny_tokenizer
-from trainer import data
+from trainer import data, training_model
 from trainer.methods import METHODS
 from trainer.tuning import Tuning
 
-FROZEN = apply.attach(tiny_frozen("llama"))
+FROZEN = training_model.attach(tiny_frozen("llama"))
 # of unequal lengths, so that means over other tokens than a run's own are others
 EXAMPLES = data.tokenize(
     tiny_tokenizer(),

@@ -105,15 +105,15 @@ def test_who_diverges_is_alone_in_it() -> None:
 @pytest.mark.parametrize("culprit", [1, None])
 def test_memory_too_little_for_all_may_do_for_each(culprit: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     apart, _ = alone()
-    together, logits = runs(), forward.logits
+    together, losses = runs(), forward.losses
 
     def scarce(frozen, groups):
         mine = groups[0].examples
         if len(groups) > 1 or (culprit is not None and len(mine) == JOBS[culprit]["batch_size"]):
             raise torch.OutOfMemoryError("no more")
-        return logits(frozen, groups)
+        return losses(frozen, groups)
 
-    monkeypatch.setattr(forward, "logits", scarce)
+    monkeypatch.setattr(forward, "losses", scarce)
     for _ in range(STEPS):
         found = step.step(FROZEN, together)
         failed = [number for number, outcome in enumerate(found) if isinstance(outcome, torch.OutOfMemoryError)]

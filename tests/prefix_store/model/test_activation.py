@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from server.engine import activation
+from prefix_store.model import activation
 from tests.models import tiny_model
 
 
