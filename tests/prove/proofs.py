@@ -19,10 +19,23 @@ from tests.prove import (
     tables,
     users,
 )
+from tests.prove.paper import comparison
 
 PROOFS: dict[str, ModuleType] = {
     proof.SECTION: proof
     for proof in (
-        *(model, prefixes, tables, inspect, soak, users, kill_worker, concurrent_store, kill_store, store_costs),
+        *(
+            model,
+            prefixes,
+            tables,
+            inspect,
+            soak,
+            users,
+            comparison,
+            kill_worker,
+            concurrent_store,
+            kill_store,
+            store_costs,
+        ),
     )
 }

@@ -11,10 +11,10 @@ import sacrebleu
 from rich.progress import Progress as Bar
 
 from prefix_store.jobs import TrainingSpec
-from prefix_store.model import apply
 from server.engine.prefix_loader import payload_of
 from server.scheduler.sampling_params import SamplingParams
 from tests.prove.bundled import Bench, data_folder, load
+from trainer import training_model
 from trainer.data import batches, tokenize
 from trainer.evaluate import nats_per_token
 from trainer.loop import Fit, fit
@@ -49,7 +49,7 @@ def run() -> dict[str, Any]:
 
 def tune() -> tuple[TuningMethod, Fit]:
     """A prefix on E2E's training rows, through the trainer's own loop."""
-    frozen = apply.attach(load())
+    frozen = training_model.attach(load())
     encode = partial(tokenize, frozen.tokenizer, max_length=LONGEST)
     train, dev = encode(read("train")[:TRAIN]), encode(read("dev")[:: len(read("dev")) // DEV])
     method = METHODS[SPEC.method](frozen, SPEC, chain.from_iterable(example.ids for example in train))

@@ -16,7 +16,6 @@ from typing import Any
 import numpy
 
 from prefix_store.jobs import JobStatus
-from prefix_store.model import apply
 from prefix_store.prefix import PrefixRef
 from prefix_store.store import Store
 from server.engine.prefix_loader import payload_of
@@ -29,7 +28,7 @@ from trainer.worker import Worker
 SECTION = "users"
 PARTS = 5
 NAME = "voice"
-OPTIONS: dict[str, Any] = {"virtual_tokens": 16, "steps": 120, "max_length": 160}
+OPTIONS: dict[str, Any] = {"virtual_tokens": 16, "steps": 120, "max_length": 160, "publish_anyway": True}
 KEPT = Path("~/.cache/antefix/prove").expanduser()
 GOAL = 95
 
@@ -37,7 +36,7 @@ GOAL = 95
 def run() -> dict[str, Any]:
     """Bits per byte of every author's test rows under every user's prefix; goes on where it was cut off."""
     authors = sorted(path.name for path in (data_folder() / "authors").iterdir())
-    frozen = apply.attach(load())
+    frozen = load()
     store = Store.open(f"sqlite:///{KEPT}/users-{frozen.digest[:12]}/store.db")
     users = [(author, part) for author in authors for part in range(PARTS)]
     for author, part in users:
