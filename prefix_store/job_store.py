@@ -67,6 +67,10 @@ class JobStore(JobQueue):
         data = to_jsonl(examples) + to_jsonl(validation, VALIDATION)
         _check_options(options, methods)
         source = self._source(tenant, options.get("init_from"))
+        length, asked = source.get("virtual_tokens"), options.get("virtual_tokens")
+        if None not in (length, asked) and length != asked:
+            what = f"a prefix that starts from {source['init_from']} has its {length} virtual tokens, not {asked}"
+            raise InvalidRequest(f"{what}; leave the option out", param="virtual_tokens")
         spec = _spec(digest_of(data), len(examples), len(validation), options, source)
         with holds.held(self._backend, tenant, spec.data_digest) as hold:
             self._blobs.put(data)

@@ -60,8 +60,8 @@ WITH_TOKENS = BUILT_IN_METHODS[:-1]
 DEFAULTS: dict[str, dict[str, Any]] = {
     "prefix_mlp": {"learning_rate": 0.03},
     "prompt": {"learning_rate": 0.3},
-    "prompt_mlp": {"learning_rate": 0.03},
-    "prompt_lstm": {"learning_rate": 0.01},
+    "prompt_mlp": {"learning_rate": 0.05},
+    "prompt_lstm": {"learning_rate": 0.03},
     "prefix_plus": {"virtual_tokens": 0},
 }
 # The built-in methods to which an option says something; a plugged-in method may use any.

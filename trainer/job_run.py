@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -13,10 +13,12 @@ from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import PrefixVersion
 from prefix_store.store import Store
 from trainer import data, memory, samples, source, teacher
+from trainer.data import Example
 from trainer.lease import Lease
 from trainer.methods.base import NewMethod
+from trainer.methods.start import Start
 from trainer.progress import Meter, Progress, line, summary
-from trainer.tuning import StateMismatch, Tuning, is_due
+from trainer.tuning import StateMismatch, Tuning, is_due, saved_source
 from trainer.validation import Validation
 
 LINES, POINTS = 10, 100  # a run: lines printed, points of its loss curve
@@ -25,7 +27,7 @@ SAVING_SHARE = 20
 
 
 class NoImprovement(Exception):
-    """Validation found the prefix no better than none, and nobody asked for it all the same."""
+    """Validation found the prefix no better than none or than its start, and nobody asked for it all the same."""
 
 
 class JobRun:
@@ -55,9 +57,12 @@ class JobRun:
         new_method = find(methods, self.job.spec.method)
         parts = self._prepare()
         self._spec, self._valid = parts.spec, parts.valid
-        method = new_method(frozen, self._spec, source.start(store, self.job, frozen, parts.train))
-        self.tuning = Tuning(method, parts.train, self._spec, validates=bool(parts.valid))
-        self._take_up()
+        saved = self._saved()
+        start = self._start(saved, parts.train)
+        method = new_method(frozen, self._spec, start)
+        origin = start if isinstance(start, dict) else None
+        self.tuning = Tuning(method, parts.train, self._spec, validates=bool(parts.valid), source=origin)
+        self._take_up(saved)
         self.cost = memory.of_step(frozen, parts.train, self._spec.batch_size, self._spec.virtual_tokens)
         self.is_suspect = self.job.lapses > 0
         self._meter = Meter(self.tuning, clock)
@@ -99,8 +104,9 @@ class JobRun:
         self._tell(summary(result))
         if not (result.improves or self._spec.publish_anyway):
             raise NoImprovement(
-                f"the validation loss is {result.valid_loss:.4f} with the prefix and {result.bare_loss:.4f} without, "
-                "so it is not published; publish_anyway publishes it all the same"
+                f"the validation loss is {result.valid_loss:.4f} with the prefix, {result.start_loss:.4f} with what it "
+                f"started from and {result.bare_loss:.4f} with none, so it is not published; "
+                "publish_anyway publishes it all the same"
             )
         job, by = self.job, f"worker {self.job.worker}"
         manifest = dataclasses.replace(self.tuning.method.manifest(), template=self._spec.template)
@@ -127,14 +133,34 @@ class JobRun:
         self._saved_step = self.tuning.step
         self.is_suspect, self._saving = False, self._clock() - begun
 
-    def _take_up(self) -> None:
+    def _start(self, saved: bytes | None, examples: Sequence[Example]) -> Start:
+        """What the method starts from; a prefix that was deleted since the run began is in its checkpoint."""
+        if saved is not None:
+            with suppress(StateMismatch):  # taking it up will say so
+                if (found := saved_source(saved)) is not None:
+                    return found
+        return source.start(self._store, self.job, self._frozen, examples)
+
+    def _saved(self) -> bytes | None:
+        """The checkpoint, if there is one that can be read."""
         try:
-            saved = self._store.jobs.checkpoint(self.job)
-            if saved is not None:
-                self.tuning.load(saved, self._frozen.digest)
-                self._tell(f"going on from step {self.tuning.step}")
-        except (StoreCorrupt, StateMismatch) as error:
-            self._tell(f"its checkpoint cannot be used, so it begins anew: {error}")
+            return self._store.jobs.checkpoint(self.job)
+        except StoreCorrupt as error:
+            self._begin_anew(error)
+            return None
+
+    def _take_up(self, saved: bytes | None) -> None:
+        if saved is None:
+            return
+        try:
+            self.tuning.load(saved, self._frozen.digest)
+        except StateMismatch as error:
+            self._begin_anew(error)
+        else:
+            self._tell(f"going on from step {self.tuning.step}")
+
+    def _begin_anew(self, error: Exception) -> None:
+        self._tell(f"its checkpoint cannot be used, so it begins anew: {error}")
 
     def _next_validation(self) -> Validation | None:
         if self._valid and self.tuning.bare_loss is None:

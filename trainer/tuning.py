@@ -45,8 +45,10 @@ class Fit:
 
     @property
     def improves(self) -> bool:
-        """Whether it is better than no prefix, or nobody knows."""
-        return self.valid_loss is None or self.bare_loss is None or self.valid_loss < self.bare_loss
+        """Whether it is better than no prefix and than what it started from, or nobody knows."""
+        if self.valid_loss is None:
+            return True
+        return self.step > 0 and (self.bare_loss is None or self.valid_loss < self.bare_loss)
 
 
 @dataclass
@@ -69,13 +71,21 @@ class Tuning:
     """A run of `spec.steps` steps of AdamW. Equal seeds give equal bits, cut off and taken up again or not.
 
     `validates`: someone will answer `judge` whenever a validation is `due`, at the start first of all. Whoever steps it
-    takes the `group`, sends a loss backward through it, and calls `update`.
+    takes the `group`, sends a loss backward through it, and calls `update`. `source`: the stored prefix that the method
+    starts from, if any; it is saved as well, for it may be deleted meanwhile.
     """
 
     def __init__(
-        self, method: TuningMethod, examples: Sequence[Example], spec: TrainingSpec, *, validates: bool
+        self,
+        method: TuningMethod,
+        examples: Sequence[Example],
+        spec: TrainingSpec,
+        *,
+        validates: bool,
+        source: PrefixTensors | None = None,
     ) -> None:
         self.method, self.spec, self.validates = method, spec, validates
+        self._source = source
         self.step = 0
         self.loss: float | None = None  # of the last step, as it was before it
         self.batch_tokens = 0  # of the last step
@@ -164,6 +174,7 @@ class Tuning:
         `model` names the frozen model, and `load` wants the same.
         """
         tensors: dict[str, torch.Tensor] = {f"best.{name}": tensor for name, tensor in (self._best or {}).items()}
+        tensors |= {f"source.{name}": tensor for name, tensor in (self._source or {}).items()}
         for number, parameter in enumerate(self.method.parameters()):
             tensors[f"parameter.{number}"] = parameter.detach()
             for name, moment in self._optimiser.state.get(parameter, {}).items():
@@ -196,6 +207,11 @@ class Tuning:
         self._losses = _Losses(**header["losses"])
         self.step, self.loss = header["step"], header["loss"]
         self._batches = islice(shuffled_batches(self._examples, self.spec.batch_size, self.spec.seed), self.step, None)
+
+
+def saved_source(data: bytes) -> PrefixTensors | None:
+    """The stored prefix that a saved run started from, if it did. Raises StateMismatch."""
+    return _below(_read(data)[0], "source.") or None
 
 
 def is_due(step: int, steps: int, times: int) -> bool:

@@ -56,7 +56,7 @@ class Worker:
         *,
         methods: Mapping[str, NewMethod] = METHODS,
         memory_bytes: int | None = None,
-        lease_seconds: float = 60.0,
+        lease_seconds: float = 30.0,
         heartbeat_seconds: float = 4.0,
         checkpoint_seconds: float = 15.0,
         say: Callable[[str], None] = say,

@@ -9,7 +9,7 @@ import typer
 
 from prefix_store import examples
 from prefix_store.cli import watch
-from prefix_store.cli.client import Client, checked, connect, fail
+from prefix_store.cli.client import Client, Failure, checked, connect, fail
 from prefix_store.cli.terminal import clock, printable
 from prefix_store.examples import Example
 from prefix_store.jobs import BUILT_IN_METHODS
@@ -135,6 +135,8 @@ def _watch(server: Client, job: dict[str, Any]) -> dict[str, Any]:
     except KeyboardInterrupt:
         typer.echo(printable(f"the job goes on; to cancel it: antefix jobs cancel {job['id']}"), err=True)
         raise typer.Exit(130) from None
+    except Failure as error:
+        fail(f"{error}\nthe job is kept and goes on; to see it: antefix jobs show {job['id']}")
 
 
 def _finish(job: dict[str, Any]) -> None:

@@ -144,8 +144,11 @@ def test_a_prefix_to_start_from_is_named_for_good_and_lends_its_length(store, jo
         store.prefixes.save("acme", "first", of, tensors(of))
     spec = jobs.submit("acme", "support", EXAMPLES, {"init_from": "first"}).spec
     assert (spec.init_from, spec.virtual_tokens) == ("acme/first@2", LENGTH)
-    spec = jobs.submit("acme", "support", EXAMPLES, {"init_from": "first@1", "virtual_tokens": 7}).spec
-    assert (spec.init_from, spec.virtual_tokens) == ("acme/first@1", 7)
+    spec = jobs.submit("acme", "support", EXAMPLES, {"init_from": "first@1", "virtual_tokens": LENGTH}).spec
+    assert (spec.init_from, spec.virtual_tokens) == ("acme/first@1", LENGTH)
+    with pytest.raises(InvalidRequest, match=f"has its {LENGTH} virtual tokens, not 7") as caught:
+        jobs.submit("acme", "support", EXAMPLES, {"init_from": "first@1", "virtual_tokens": 7})
+    assert caught.value.param == "virtual_tokens"
 
 
 def test_a_prefix_to_start_from_must_be_the_tenant_s_to_use(store, jobs):

@@ -2,6 +2,7 @@ import os
 
 import pytest
 
+from prefix_store.jobs import BUILT_IN_METHODS
 from server import settings
 
 
@@ -25,9 +26,9 @@ def test_every_field_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_names_of_a_workers_own_methods_are_taken_from_their_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert settings.read().method_names == ("prefix", "prompt")
+    assert settings.read().method_names == BUILT_IN_METHODS
     monkeypatch.setenv("ANTEFIX_METHODS", "/absent/low_rank.py,mine.py")
-    assert settings.read().method_names == ("prefix", "prompt", "low_rank", "mine")
+    assert settings.read().method_names == (*BUILT_IN_METHODS, "low_rank", "mine")
 
 
 @pytest.mark.parametrize(

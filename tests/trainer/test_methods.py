@@ -16,8 +16,8 @@ from prefix_store.jobs import BUILT_IN_METHODS, DEFAULTS, TrainingSpec
 from prefix_store.model import apply
 from prefix_store.model.frozen import BUNDLED, FrozenModel, load
 from tests.models import tiny_frozen
-from trainer import data
-from trainer.data import TrainingData
+from trainer import data, training_model
+from trainer.data import Example
 from trainer.evaluate import nats_per_token
 from trainer.loop import fit
 from trainer.methods import METHODS
@@ -38,8 +38,8 @@ def test_every_method_gives_a_prefix_that_learns_and_that_the_store_takes(name):
 
 
 @cache
-def forecasts() -> tuple[FrozenModel, TrainingData]:
-    frozen = apply.attach(load(BUNDLED))
+def forecasts() -> tuple[FrozenModel, tuple[list[Example], list[Example]]]:
+    frozen = training_model.attach(load(BUNDLED))
     rows = [json.loads(line) for line in FORECASTS.read_text("utf-8").splitlines()]
     return frozen, data.split(data.tokenize(frozen.tokenizer, rows, 64), seed=0)
 
@@ -47,18 +47,18 @@ def forecasts() -> tuple[FrozenModel, TrainingData]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_learns_a_real_task_at_its_defaults(name):
-    frozen, parts = forecasts()
+    frozen, (train, valid) = forecasts()
     steps = 100 if name in ("prefix_mlp", "prompt_lstm") else 40  # whose first steps lead away
-    spec = TrainingSpec("0" * 64, len(parts.train), **{"method": name, "steps": steps, **DEFAULTS.get(name, {})})
-    method = METHODS[name](frozen, spec, chain.from_iterable(example.ids for example in parts.train))
+    spec = TrainingSpec("0" * 64, len(train), **{"method": name, "steps": steps, **DEFAULTS.get(name, {})})
+    method = METHODS[name](frozen, spec, chain.from_iterable(example.ids for example in train))
 
     def held_out() -> float:
-        return nats_per_token(frozen, method.rows, [parts.valid])
+        return nats_per_token(frozen, method.rows, [valid])
 
-    start, bare = held_out(), nats_per_token(frozen, None, [parts.valid])
-    fit(frozen, method, parts.train, dataclasses.replace(spec, learning_rate=1e-7, steps=4))
+    start, bare = held_out(), nats_per_token(frozen, None, [valid])
+    fit(frozen, method, train, dataclasses.replace(spec, learning_rate=1e-7, steps=4))
     assert held_out() == pytest.approx(start, abs=0.01), "what lowers the loss is what is learnt"
-    fit(frozen, method, parts.train, spec)
+    fit(frozen, method, train, spec)
     assert held_out() < min(start, bare) - 1
 
 

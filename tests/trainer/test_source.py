@@ -92,7 +92,7 @@ def test_what_is_gone_or_another_tenant_s_is_not_found(store):
 
 
 def train(store: Store, **options) -> dict[str, torch.Tensor]:
-    given = {"steps": 1, "batch_size": 2, "max_length": 24, "learning_rate": 1e-7, **options}
+    given = {"steps": 1, "batch_size": 2, "max_length": 24, "learning_rate": 1e-7, "publish_anyway": True, **options}
     queued = store.jobs.submit(TENANT, "mine", ROWS, given)
     Worker(store, FROZEN, "w", say=lambda line: None).run_until_empty()
     done = store.jobs.job(TENANT, queued.id)
@@ -102,12 +102,35 @@ def train(store: Store, **options) -> dict[str, torch.Tensor]:
 
 def test_a_job_goes_on_from_the_version_that_was_meant_when_it_was_submitted(store):
     first = save(store)
-    queued = store.jobs.submit(TENANT, "mine", ROWS, {"init_from": "other", "steps": 1, "learning_rate": 1e-7})
+    queued = store.jobs.submit(
+        TENANT, "mine", ROWS, {"init_from": "other", "steps": 1, "learning_rate": 1e-7, "publish_anyway": True}
+    )
     store.prefixes.save(TENANT, "other", manifest(), {"self.kv": random_kv(FROZEN, P, seed=1)})
     Worker(store, FROZEN, "w", say=lambda line: None).run_until_empty()
     assert store.jobs.job(TENANT, queued.id).status is JobStatus.SUCCEEDED
     _, kept = store.prefixes.read(store.prefixes.resolve(PrefixRef(TENANT, "mine")))
     torch.testing.assert_close(kept["self.kv"], first, atol=1e-5, rtol=0)
+
+
+def test_a_run_that_has_begun_no_longer_needs_the_prefix_that_it_started_from(store):
+    save(store)
+    steps = {"init_from": "other", "steps": 6}
+    undisturbed = store.jobs.submit(TENANT, "same", ROWS, steps)
+    queued = store.jobs.submit(TENANT, "mine", ROWS, steps)
+
+    def stop() -> None:
+        if store.jobs.job(TENANT, queued.id).progress.get("step", 0) >= 2:
+            worker.stop()
+
+    worker = Worker(store, FROZEN, "w", say=lambda line: None, on_step=stop)
+    worker.run()
+    assert store.jobs.job(TENANT, queued.id).checkpoint is not None
+    store.prefixes.delete(PrefixRef(TENANT, "other"))
+    Worker(store, FROZEN, "w2", say=lambda line: None).run_until_empty()
+    ends = [store.jobs.job(TENANT, job.id) for job in (undisturbed, queued)]
+    assert [job.status for job in ends] == [JobStatus.SUCCEEDED] * 2
+    one, other = (store.prefixes.resolve(PrefixRef(TENANT, name)).digest for name in ("same", "mine"))
+    assert one == other
 
 
 def test_a_distilled_prefix_starts_as_its_text(store):

@@ -147,6 +147,20 @@ def test_a_batch_that_failed_comes_again():
 
 
 @pytest.mark.parametrize(
+    ("fit", "improves"),
+    [
+        (Fit({}, 5, None, None), True),
+        (Fit({}, 5, 1.9, 2.0, 3.0), True),
+        (Fit({}, 5, 1.9, 2.0), True),
+        (Fit({}, 5, 3.1, 4.0, 3.0), False),
+        (Fit({}, 0, 2.0, 2.0, 3.0), False),  # its start is better than nothing, and no step was better than that
+    ],
+)
+def test_what_is_worth_publishing_is_better_than_its_start_and_than_none(fit, improves):
+    assert fit.improves is improves
+
+
+@pytest.mark.parametrize(
     ("steps", "times", "due"),
     [
         (20, 10, list(range(2, 21, 2))),
