@@ -230,6 +230,7 @@ async def _soaked(
         "resident_mib": {
             "when it had settled": round(samples[int(SETTLED * len(samples))][1] / 2**20, 1),
             "at the end": round(samples[-1][1] / 2**20, 1),
+            "over time": [round(size / 2**20, 1) for _, size, _ in samples[:: max(1, len(samples) // 20)]],
         },
         "growth": round(growth(samples), 4),
         "is_flat": abs(growth(samples)) < FLAT,
