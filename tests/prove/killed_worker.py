@@ -7,12 +7,16 @@ how its jobs ended for it.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
+import sqlite3
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,11 +103,31 @@ def freeze(url: str, after: int) -> dict[str, Any]:
     first = Child(url, "first", True)
     first.steps_to(after)
     first.signal(signal.SIGSTOP)
+    while _is_locked(url):  # a frozen writer keeps everyone from an SQLite file, and this is not about that
+        first.signal(signal.SIGCONT)
+        time.sleep(0.01)
+        first.signal(signal.SIGSTOP)
     time.sleep(2 * LEASE)
     second = Child(url, "second", True)
     well = second.wait()
     first.signal(signal.SIGCONT)
     return {"well": well and first.wait(), "first": first.ends, "second": second.ends, "steps": first.steps}
+
+
+def _is_locked(url: str) -> bool:
+    """Whether somebody is in the middle of a write to an SQLite store or its blobs."""
+    if not url.startswith("sqlite:///"):
+        return False
+    path = Path(url.removeprefix("sqlite:///"))
+    try:
+        with closing(sqlite3.connect(path, timeout=0.1, isolation_level=None)) as db:
+            db.execute("BEGIN IMMEDIATE")
+            db.execute("ROLLBACK")
+        with (path.parent / "blobs" / "lock").open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (sqlite3.OperationalError, BlockingIOError):
+        return True
+    return False
 
 
 def main(url: str) -> None:
