@@ -21,16 +21,16 @@ serve: .venv/.installed ## server on 127.0.0.1:8000 and a trainer worker beside 
 test: .venv/.installed ## everything that proves correctness
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-check: .venv/.installed ## format, lint, types, import rules, README figures, fast tests
-	$(BIN)/ruff format --check .
+check: .venv/.installed ## lint and the fast tests
 	$(MAKE) --no-print-directory lint
-	$(BIN)/python -m tests.bench.figures --check
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-lint: .venv/.installed ## ruff, mypy and the import rules
+lint: .venv/.installed ## format, ruff, mypy, the import rules and README's figures
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache | tail -n +1
+	$(BIN)/python -m tests.bench.figures --check
 
 bench: .venv/.installed ## measurements beside what a user would pick instead (SECTION=…)
 	$(BIN)/python -m tests.bench $(SECTION)
