@@ -1,7 +1,6 @@
-/* Attention of single queries over runs of slots, for native.py. Plain C: the compiler's vectorizer does the rest.
+/* Attention over runs of slots, for native.py: single queries row by row, stretches of queries in blocks.
  *
- * Keys and values are [slots, kv_heads, size], float32 or bfloat16, so that a run of slots is one stretch of memory, read
- * once from front to back for all heads; all sums are float32. NaN and infinity pass through: a row that overflows must be seen to overflow.
+ * Keys and values are [slots, kv_heads, size], float32 or bfloat16, so that a run of slots is one stretch of memory; all sums are float32. NaN and infinity pass through: a row that overflows must be seen to overflow.
  */
 #include <math.h>
 #include <stdint.h>
@@ -9,7 +8,7 @@
 #include <string.h>
 
 enum { PART, MASK, Q_LO, Q_HI, KV_LO, KV_HI, Q_POS, KV_POS, FIELDS }; /* WorkItem.as_tuple */
-enum { FULL = 0 };
+enum { FULL, CAUSAL, WINDOW };
 enum { AT_ONCE = 8 }; /* slots between two looks at another head: enough to keep its query in registers */
 enum { LINE = 64 };   /* bytes of a cache line: the processor does not foresee eight stretches read in turn, so we ask */
 
@@ -17,7 +16,8 @@ typedef struct {
   const float *query; /* [rows, query_heads, size], any strides but the last */
   int64_t query_row, query_head;
   const void *keys, *values;
-  int64_t query_heads, kv_heads, size;
+  int is_bfloat16;
+  int64_t query_heads, kv_heads, size, window;
   float scale, softcap;
 } Layer;
 
@@ -57,42 +57,63 @@ static inline float from_bfloat16(uint16_t x) {
 #define NAMED(f) f##_bfloat16
 #include "native_rows.h"
 
-/* Does every item with at most `most_rows` queries that see all its slots. Outputs and lses are two each, own and
- * prefix, [rows, query_heads, size] and [rows, query_heads]. Returns 0, or 1 where memory ran out. */
-int antefix_attend(
-    const float *query, int64_t query_row, int64_t query_head, const void *keys, const void *values, int is_bfloat16,
-    int64_t query_heads, int64_t kv_heads, int64_t size, float scale, float softcap, const int64_t *work, int64_t items,
-    int64_t most_rows, int64_t threads, float *own_output, float *own_lse, float *prefix_output, float *prefix_lse) {
-  const Layer layer = {query, query_row, query_head, keys, values, query_heads, kv_heads, size, scale, softcap};
-  int failed = 0;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) reduction(| : failed)
-  for (int64_t i = 0; i < items; i++) {
-    const int64_t *item = work + i * FIELDS, count = item[KV_HI] - item[KV_LO];
-    if (item[MASK] != FULL || item[Q_HI] - item[Q_LO] > most_rows) continue;
-    float *scores = malloc(sizeof(float) * query_heads * count);
-    if (scores == NULL) {
-      failed = 1;
-      continue;
-    }
-    float *output = item[PART] ? prefix_output : own_output, *lse = item[PART] ? prefix_lse : own_lse;
-    for (int64_t row = item[Q_LO]; row < item[Q_HI]; row++)
-      (is_bfloat16 ? attend_row_bfloat16 : attend_row_float32)(
-          &layer, row, item[KV_LO], count, scores, output + row * query_heads * size, lse + row * query_heads);
-    free(scores);
-  }
-  return failed;
-}
+#include "native_blocks.h"
 
 /* own_output becomes attention over both segments; a row without a prefix has a prefix_lse of minus infinity. */
-void antefix_merge(
-    float *own_output, const float *own_lse, const float *prefix_output, const float *prefix_lse, int64_t heads,
-    int64_t size, int64_t threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t h = 0; h < heads; h++) {
-    if (prefix_lse[h] == -INFINITY) continue;
-    const float share = 1 / (1 + expf(own_lse[h] - prefix_lse[h]));
-    float *own = own_output + h * size;
-    const float *prefix = prefix_output + h * size;
-    for (int64_t d = 0; d < size; d++) own[d] += share * (prefix[d] - own[d]);
+static void merge(float *own, float own_lse, const float *prefix, float prefix_lse, int64_t size) {
+  if (prefix_lse == -INFINITY) return;
+  const float share = 1 / (1 + expf(own_lse - prefix_lse));
+  for (int64_t d = 0; d < size; d++) own[d] += share * (prefix[d] - own[d]);
+}
+
+/* The tasks of an item: one for all its rows where they are few, or else some for each kv head. */
+static int64_t tasks_of(const Layer *l, const int64_t *item, int64_t few) {
+  const int64_t queries = item[Q_HI] - item[Q_LO], rows = queries * (l->query_heads / l->kv_heads);
+  return item[MASK] == FULL && queries <= few ? 1 : filled(rows, ROWS) / ROWS * l->kv_heads;
+}
+
+/* Outputs [rows, query_heads, size] are of both parts, own first, and of own alone in the end; lses [rows, query_heads]
+ * likewise, minus infinity for the prefixes of rows without one. An item with at most `few` queries that see all its
+ * slots goes row by row. Returns 0, or 1 where memory ran out. */
+int antefix_attend(
+    const float *query, int64_t query_row, int64_t query_head, const void *keys, const void *values, int is_bfloat16,
+    int64_t query_heads, int64_t kv_heads, int64_t size, int64_t window, float scale, float softcap,
+    const int64_t *work, int64_t items, int64_t rows, int64_t few, int64_t threads,
+    float *own_output, float *own_lse, float *prefix_output, float *prefix_lse) {
+  const Layer layer = {query,    query_row, query_head, keys,   values, is_bfloat16,
+                       query_heads, kv_heads, size,    window, scale,  softcap};
+  int64_t tasks = 0;
+  for (int64_t i = 0; i < items; i++) tasks += tasks_of(&layer, work + i * FIELDS, few);
+  int64_t(*task)[2] = malloc(sizeof *task * tasks); /* its item, and its number within it */
+  if (task == NULL) return 1;
+  for (int64_t i = 0, t = 0; i < items; i++)
+    for (int64_t n = tasks_of(&layer, work + i * FIELDS, few), j = 0; j < n; j++, t++) task[t][0] = i, task[t][1] = j;
+  int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+  {
+    Block *block = NULL;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t t = 0; t < tasks; t++) {
+      const int64_t *item = work + task[t][0] * FIELDS, count = item[KV_HI] - item[KV_LO];
+      float *output = item[PART] ? prefix_output : own_output, *lse = item[PART] ? prefix_lse : own_lse;
+      if (item[MASK] == FULL && item[Q_HI] - item[Q_LO] <= few) {
+        float *scores = malloc(sizeof(float) * query_heads * count);
+        if ((failed |= scores == NULL)) continue;
+        for (int64_t row = item[Q_LO]; row < item[Q_HI]; row++)
+          (is_bfloat16 ? attend_row_bfloat16 : attend_row_float32)(
+              &layer, row, item[KV_LO], count, scores, output + row * query_heads * size, lse + row * query_heads);
+        free(scores);
+      } else {
+        if (block == NULL) block = new_block(size);
+        if ((failed |= block == NULL)) continue;
+        attend_block(&layer, item, task[t][1] % kv_heads, task[t][1] / kv_heads * ROWS, block, output, lse);
+      }
+    }
+    free(block);
+#pragma omp for schedule(static)
+    for (int64_t h = 0; h < rows * query_heads; h++)
+      merge(own_output + h * size, own_lse[h], prefix_output + h * size, prefix_lse[h], size);
   }
+  free(task);
+  return failed;
 }

@@ -1,4 +1,4 @@
-/* One query row over a run of slots; native.c includes this once for each type that keys and values may have.
+/* One query row over a run of slots, and the packing of tiles for `native_blocks.h`; native.c includes this once for each type that keys and values may have.
  *
  * NUMBER is the type, WIDEN makes a float of it, NAMED(f) is f's name for the type.
  */
@@ -65,4 +65,17 @@ static void NAMED(attend_row)(const Layer *l, int64_t row, int64_t lo, int64_t c
     case 128: NAMED(attend_sized)(l, row, lo, count, scores, output, lse, 128); break;
     default: NAMED(attend_sized)(l, row, lo, count, scores, output, lse, l->size);
   }
+}
+
+/* A tile's keys and values of one kv head, as float32 side by side, `wide` apart; what is between size and wide stays. */
+static void NAMED(pack)(
+    const Layer *l, int64_t lo, int64_t count, int64_t head, int64_t wide, float *keys, float *values) {
+  const int64_t step = l->kv_heads * l->size;
+  const NUMBER *k = (const NUMBER *)l->keys + lo * step + head * l->size;
+  const NUMBER *v = (const NUMBER *)l->values + lo * step + head * l->size;
+  for (int64_t s = 0; s < count; s++, k += step, v += step)
+    for (int64_t d = 0; d < l->size; d++) {
+      keys[s * wide + d] = WIDEN(k[d]);
+      values[s * wide + d] = WIDEN(v[d]);
+    }
 }

@@ -60,6 +60,61 @@ def test_scores_far_apart_and_far_from_zero(numbers):
     assert float((got - expected).abs().max()) < 1e-4
 
 
+def stretches(mask: Mask, window: int) -> torch.Tensor:
+    """Queries 0 to 109 see what came before them and a prefix, queries 110 to 139 a part of their own sequence."""
+    return torch.tensor(
+        [
+            WorkItem(Part.OWN, mask, 0, 110, 100, 217, 27, 20).as_tuple(),
+            WorkItem(Part.OWN, mask, 110, 140, 300, 330, 20, 20).as_tuple(),
+            WorkItem(Part.PREFIX, Mask.WINDOW if window else Mask.FULL, 0, 110, 10, 30, 27, 0).as_tuple(),
+        ]
+    )
+
+
+@pytest.mark.parametrize(("query_heads", "kv_heads", "size"), [(12, 4, 64), (4, 4, 40), (8, 1, 128), (200, 1, 8)])
+@pytest.mark.parametrize(
+    ("mask", "window", "softcap"),
+    [(Mask.FULL, 0, 0.0), (Mask.CAUSAL, 0, 0.0), (Mask.CAUSAL, 0, 5.0), (Mask.WINDOW, 50, 0.0), (Mask.WINDOW, 9, 2.0)],
+)
+def test_stretches_of_queries_see_what_their_mask_shows_them(
+    numbers, query_heads, kv_heads, size, mask, window, softcap
+):
+    draws = torch.Generator().manual_seed(1)
+    query = torch.randn(140, query_heads, size, generator=draws)
+    keys, values = (torch.randn(400, kv_heads, size, generator=draws) for _ in range(2))
+    options = {"window": window, "scale": 0.2, "softcap": softcap}
+    expected = BACKENDS["plain"](query, keys, values, stretches(mask, window), **options)
+    got = BACKENDS["native"](query, keys, values, stretches(mask, window), **options)
+    assert float((got - expected).abs().max()) < 2e-5
+    other = BACKENDS["native"](query, keys, values, stretches(Mask.CAUSAL, 0), **options | {"softcap": 1.0})
+    assert float((other - expected).abs().max()) > 1e-2
+
+
+def test_a_query_is_the_same_bits_in_a_chunk_and_in_the_whole(numbers):
+    _, keys, values = numbers
+    query = torch.randn(20, 6, 64, generator=torch.Generator().manual_seed(2))
+    whole = run(query, keys, values, torch.tensor([WorkItem(Part.OWN, Mask.CAUSAL, 0, 20, 5, 25, 0, 0).as_tuple()]))
+    chunk = torch.tensor([WorkItem(Part.OWN, Mask.CAUSAL, 0, 12, 5, 25, 8, 0).as_tuple()])
+    assert torch.equal(run(query[8:], keys, values, chunk), whole[8:])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_in_a_stretch_too_what_overflows_stays_in_its_sequence(numbers, bad):
+    _, keys, values = numbers
+    query = torch.randn(22, 6, 64, generator=torch.Generator().manual_seed(2))
+    items = [
+        WorkItem(Part.OWN, Mask.CAUSAL, 11 * row, 11 * row + 11, lo, lo + 11, 0, 0) for row, lo in ((0, 5), (1, 18))
+    ]
+    work = torch.tensor([item.as_tuple() for item in items])
+    sound = run(query, keys, values, work)
+    for kind in (keys, values):
+        broken = kind.clone()
+        broken[10] = bad
+        got = run(query, *((broken, values) if kind is keys else (keys, broken)), work)
+        assert not got[5:11].isfinite().all(dim=2).any()
+        assert torch.equal(got[11:], sound[11:])
+
+
 def test_half_precision_keys_are_read_as_what_they_are(numbers):
     query, *kv = numbers
     keys, values = (part.bfloat16() for part in kv)
