@@ -14,13 +14,14 @@ import torch
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from prefix_store.model import modules
+from prefix_store.model.modules import Replaced
+
 # oneDNN's and torch's own products add up in another order; see server.engine.linear.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 # Rows that a packed layout is tuned for; other numbers run too.
 ROWS = 128
-
-Replaced = tuple[torch.nn.Module, str, torch.nn.Module]
 
 
 class FrozenLinear(torch.nn.Module):
@@ -80,13 +81,9 @@ def replace(model: torch.nn.Module) -> list[Replaced]:
     """
     if not works(next(model.parameters())):
         return []
-    replaced: list[Replaced] = []
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) in (torch.nn.Linear, Conv1D):
-                setattr(parent, name, FrozenLinear(child))  # type: ignore[arg-type]
-                replaced.append((parent, name, child))
-    return replaced
+    return modules.replace(
+        model, lambda layer: FrozenLinear(layer) if isinstance(layer, torch.nn.Linear | Conv1D) else None
+    )
 
 
 def works(like: torch.Tensor) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from prefix_store.errors import ModelUnsupported
+from prefix_store.model import modules
 from server.engine import int8_linear
 from server.engine.int8_linear import ROWS_HINT, Int8Linear
 
@@ -16,19 +15,31 @@ from server.engine.int8_linear import ROWS_HINT, Int8Linear
 # up to about 16: a unit in bfloat16's last place is 0.06 there.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
+# oneDNN's name of an activation that a product ends with, and of its algorithm.
+Activation = tuple[str, str]
+NO_ACTIVATION: Activation = ("none", "")
+
 
 class PackedLinear(torch.nn.Module):
     """`x W^T + b` for a frozen `W` `[out, in]`. Raises RuntimeError where this build of torch cannot."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
+        self.inputs, self.dtype = weight.shape[1], weight.dtype
         # Plain attributes: an opaque tensor cannot be a parameter, and nobody saves a packed model.
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS_HINT)
         self.bias_term = bias.detach() if bias is not None else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, activation: Activation = NO_ACTIVATION) -> torch.Tensor:
         """`[..., in]` to `[..., out]`."""
-        output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias_term, "none", [], "")
+        output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self.packed, self.bias_term, activation[0], [], activation[1]
+        )
+        return output
+
+    def times(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """The result, multiplied by `other` `[..., out]` in the same pass."""
+        output: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self.packed, self.bias_term, "mul")
         return output
 
 
@@ -51,18 +62,14 @@ def quantize(model: torch.nn.Module) -> int:
 
 
 def _replace(model: torch.nn.Module, kind: type[PackedLinear | Int8Linear]) -> int:
-    replaced = 0
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) in (torch.nn.Linear, Conv1D):
-                setattr(parent, name, _made(kind, child))
-                replaced += 1
-    return replaced
+    def made(layer: torch.nn.Module) -> torch.nn.Module | None:
+        if type(layer) not in (torch.nn.Linear, Conv1D):
+            return None
+        weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+        # GPT-2's Conv1D keeps the transpose, [in, out]
+        return kind(weight.t() if isinstance(layer, Conv1D) else weight, layer.bias)  # type: ignore[arg-type]
 
-
-def _made(kind: type[PackedLinear | Int8Linear], layer: Any) -> torch.nn.Module:
-    # GPT-2's Conv1D keeps the transpose, [in, out]
-    return kind(layer.weight.t() if isinstance(layer, Conv1D) else layer.weight, layer.bias)
+    return len(modules.replace(model, made))
 
 
 def _works(like: torch.Tensor) -> bool:

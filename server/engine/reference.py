@@ -1,18 +1,19 @@
 """The model that an engine has taken over, once more as it was: the same weights, read by other modules.
 
-An engine binds a model's attention to its pool and packs the linear layers, for good. A second tree of modules, without
-a weight of its own, has any other attention over the same weights, and may run in another thread.
+An engine binds a model's attention to its pool, packs the linear layers and fuses others, for good. A second tree of
+modules, without a weight of its own, has any other attention over the same weights, and may run in another thread.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch.nn import functional
 
-from prefix_store.model import apply
+from prefix_store.model import apply, modules
 from prefix_store.model.frozen import FrozenModel
 from server.engine.int8_linear import Int8Linear
 from server.engine.linear import PackedLinear
@@ -62,11 +63,19 @@ def is_int8(frozen: FrozenModel) -> bool:
 def _again(frozen: FrozenModel, attention: str) -> FrozenModel:
     """Takes milliseconds and no memory to speak of."""
     known: dict[int, object] = {}
-    for module in frozen.model.modules():
+    for module in _all(frozen.model):
         held = [*vars(module).values(), *module.parameters(recurse=False), *module.buffers(recurse=False)]
         known |= {id(value): value for value in held if isinstance(value, torch.Tensor)}
         if isinstance(module, PackedLinear):
             known[id(module)] = UnpackedLinear(module)
     model = copy.deepcopy(frozen.model, known)
+    modules.make_plain(model)
     bind(model, attention)
     return replace(frozen, model=model)
+
+
+def _all(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The model's modules, and those that some of them stand for."""
+    for module in model.modules():
+        yield module
+        yield from filter(None, (modules.plain_of(module),))

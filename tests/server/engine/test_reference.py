@@ -37,8 +37,8 @@ def test_it_is_the_plain_model(family):
 
 def test_it_has_no_weight_of_its_own():
     served = tiny_frozen("llama")
-    Engine(served, LIMITS)
     mine = {parameter.data_ptr() for parameter in served.model.parameters()}
+    Engine(served, LIMITS)
     plain = reference.plain(served).model
     assert {parameter.data_ptr() for parameter in plain.parameters()} <= mine
     packed = [module for module in served.model.modules() if isinstance(module, PackedLinear)]
