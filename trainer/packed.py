@@ -165,7 +165,7 @@ def _joined(rows: Sequence[Row]) -> PrefixRows:
         valid=torch.cat([part.valid for part in parts]),
         offset=torch.cat([part.offset for part in parts]),
         slides=torch.cat([part.slides for part in parts]),
-        lengths=torch.cat([_lengths(part) for part in parts]),
+        lengths=torch.cat([part.back for part in parts]),
     )
 
 
@@ -181,12 +181,8 @@ def _selected(rows: Sequence[Row]) -> PrefixRows:
         valid=prefixes.valid[indices],
         offset=prefixes.offset[indices],
         slides=prefixes.slides[indices],
-        lengths=_lengths(prefixes)[indices],
+        lengths=prefixes.back[indices],
     )
-
-
-def _lengths(prefixes: PrefixRows) -> torch.Tensor:
-    return prefixes.valid.sum(1) if prefixes.lengths is None else prefixes.lengths
 
 
 class PackedForward(Attends):

@@ -33,8 +33,8 @@ class PrefixRows:
 
     `kv` `[B, L, 2, Hkv, P, D]`, keys as they stand in a cache. `valid` `[B, P]`: false on padding. `offset` `[B]`: the
     position of the row's first real token. `slides` `[B]`: whether a sliding window may leave the prefix behind.
-    `memories`: one for each row, or none at all. `lengths` `[B]`: how far back the prefix begins, where that is not
-    what `valid` counts, because slots in its midst are left out.
+    `memories`: one for each row, or none at all. `lengths` `[B]`: `back`, where that is not what `valid` counts because
+    slots in its midst are left out.
     """
 
     kv: torch.Tensor
@@ -78,6 +78,11 @@ class PrefixRows:
             slides=torch.full((rows,), window is Window.SLIDES, device=device),
         )
 
+    @property
+    def back(self) -> torch.Tensor:
+        """`[B]`: how far before its first real token each row's prefix begins."""
+        return self.valid.sum(1) if self.lengths is None else self.lengths
+
     def visible(self, real_index: torch.Tensor, sliding_window: int | None) -> torch.Tensor:
         """`[B, T, P]`: which prefix slots each token sees; `real_index` `[B, T]` counts the real tokens before it.
 
@@ -87,19 +92,23 @@ class PrefixRows:
         if sliding_window is None:
             return valid
         slots = torch.arange(valid.shape[2], device=valid.device)
-        lengths = self.valid.sum(1) if self.lengths is None else self.lengths
-        distance = (lengths[:, None] + real_index)[:, :, None] - slots
+        distance = (self.back[:, None] + real_index)[:, :, None] - slots
         return valid & ((distance < sliding_window) | ~self.slides[:, None, None])
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What one layer's attention saw: `key` and `value` `[B, Hkv, P + T, D]`, `weights` `[B, Hq, T, P + T]`."""
+    """What one layer's attention saw: `key` and `value` `[B, Hkv, P + T, D]`, `weights` `[B, Hq, T, P + T]`.
+
+    `output` `[B, Hq, T, D]` is the heads' own; memories add `recalled` of the same shape to it.
+    """
 
     layer: int
     key: torch.Tensor
     value: torch.Tensor
     weights: torch.Tensor
+    output: torch.Tensor
+    recalled: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -257,10 +266,13 @@ def attention(
         scores = softcap * torch.tanh(scores / softcap)
     weights = torch.softmax(scores + attention_mask, dim=-1, dtype=torch.float32).to(query.dtype)
     output = weights @ value.repeat_interleave(queries_per_key, dim=1)
+    recalled = (
+        recall(prefix.prefixes.memories, layer, query) if prefix is not None and prefix.prefixes.memories else None
+    )
     if prefix is not None and prefix.observer is not None:
-        prefix.observer(Seen(layer, key, value, weights))
-    if prefix is not None and prefix.prefixes.memories:
-        output = output + recall(prefix.prefixes.memories, layer, query)
+        prefix.observer(Seen(layer, key, value, weights, output, recalled))
+    if recalled is not None:
+        output = output + recalled
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -17,13 +17,14 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from tests.bench import plots
 from tests.prove.bundled import load
 from tests.prove.paper import baselines
 from tests.prove.paper.runs import RATES, VIRTUAL_TOKENS
 from tests.prove.paper.tasks import Task
 
 SECTION = "paper"
-STEPS, FEW_STEPS, SEEDS = 1500, 400, (0, 1, 2)
+STEPS, FEW_STEPS, SEEDS, FEW_SEEDS = 1500, 400, (0, 1, 2), (0, 1)
 KEPT = Path("~/.cache/antefix/prove/paper").expanduser()
 TASKS = (Task("e2e"), Task("webnlg"))
 FEW = tuple(Task("e2e", few) for few in (50, 100, 200, 500))
@@ -31,6 +32,20 @@ UNSEEN = Task("webnlg", unseen=True)
 FEW_ARMS = ("fine-tuning", "PEFT prefix", "prefix")
 UNSEEN_ARMS = ("fine-tuning", "adapters 3 %", "adapters 0.1 %", "prefix")
 WRITTEN = ("instruction", "shots 1", "shots 4", "shots 8")
+LENGTHS = (1, 5, 10, 20, 48, 96)
+# Name: the arm, and what is different about it. Every one is asked where attention goes.
+ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{
+        f"{arm}, {length} virtual tokens": (arm, {"virtual_tokens": length})
+        for arm in ("prefix", "prefix_mlp", "prompt")
+        for length in LENGTHS
+    },
+    "prefix, 20, random tokens": ("prefix", {"virtual_tokens": 20, "init": "random_tokens"}),
+    "prefix, 20, first token tuned": ("prefix", {"virtual_tokens": 20, "frozen_tokens": 0}),
+    "prefix_mlp, 20, random tokens": ("prefix_mlp", {"virtual_tokens": 20, "init": "random_tokens"}),
+    "prefix_plus": ("prefix_plus", {}),
+    "prefix_plus, gelu": ("prefix_plus", {"feature_map": "gelu"}),
+}
 RUN = ("seed", "steps")  # numbers that say which run it is
 COLUMNS = (
     "BLEU", "ROUGE-L", "chrF", "dev loss", "trainable", "KB a task", "s an epoch", "peak MB", "tokens/s written"
@@ -49,7 +64,7 @@ def run() -> dict[str, Any]:
     plan += [(UNSEEN, name, STEPS) for name in UNSEEN_ARMS]
     measured: dict[str, Any] = {}
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as bar:
-        shown = bar.add_task("paper", total=len(plan) + len(TASKS) * len(WRITTEN))
+        shown = bar.add_task("paper", total=len(plan) + len(TASKS) * len(WRITTEN) + len(ABLATIONS))
         for task in TASKS:
             for name in WRITTEN:
                 bar.update(shown, description=f"{task.label}: {name}")
@@ -60,7 +75,14 @@ def run() -> dict[str, Any]:
             bar.update(shown, description=f"{task.label}: {name}")
             measured.setdefault(task.label, {})[name] = _arm(task, name, steps)
             bar.advance(shown)
-    return {"parameters": sum(p.numel() for p in load().model.parameters()), "tasks": measured}
+        ablations = {}
+        for name, (arm, options) in ABLATIONS.items():
+            bar.update(shown, description=f"ablation: {name}")
+            rate = measured[TASKS[0].label][arm]["rate"]
+            ablations[name] = mean([_run(TASKS[0], arm, rate, seed, FEW_STEPS, options) for seed in FEW_SEEDS])
+            bar.advance(shown)
+    parameters = sum(p.numel() for p in load().model.parameters())
+    return {"parameters": parameters, "tasks": measured, "ablations": ablations}
 
 
 def missed(measured: dict[str, Any]) -> list[str]:
@@ -82,8 +104,32 @@ def missed(measured: dict[str, Any]) -> list[str]:
 
 
 def table(measured: dict[str, Any]) -> str:
-    """One table a task; means over seeds, and what they scatter."""
-    return "\n\n".join(_table(name, arms_of, measured["parameters"]) for name, arms_of in measured["tasks"].items())
+    """One table a task, and one of the ablations; means over seeds, and what they scatter."""
+    found = {**measured["tasks"], f"{TASKS[0].label}, {FEW_STEPS} steps": measured["ablations"]}
+    return "\n\n".join(_table(name, arms_of, measured["parameters"]) for name, arms_of in found.items())
+
+
+def plot(measured: dict[str, Any]) -> None:
+    """`docs/results/paper.svg`: dev loss against length, and the weight of the prefix against the prompt's length."""
+    found = measured["ablations"]
+    lengths = {
+        arm: (LENGTHS, [found[f"{arm}, {length} virtual tokens"]["loss"] for length in LENGTHS])
+        for arm in ("prefix", "prefix_mlp", "prompt")
+    }
+    others = {
+        name: (LENGTHS[:1] + LENGTHS[-1:], [found[name]["loss"]] * 2)
+        for name, (arm, options) in ABLATIONS.items()
+        if "virtual_tokens" not in options or len(options) > 1
+    }
+    names = [f"prefix, {length} virtual tokens" for length in LENGTHS] + ["prefix_plus"]
+    weights = {name: ([int(x) for x in found[name]["weight"]], list(found[name]["weight"].values())) for name in names}
+    plots.draw(
+        "paper.svg",
+        [
+            plots.Panel("virtual tokens", "dev loss, nats a token", {**lengths, **others}, logarithmic=True),
+            plots.Panel("tokens of the prompt", "weight of the prefix at the last", weights, logarithmic=True),
+        ],
+    )
 
 
 def mean(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -91,7 +137,8 @@ def mean(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     numbers = [name for name, value in runs[0].items() if isinstance(value, (int, float)) and name not in RUN]
     found = {name: statistics.fmean(run[name] for run in runs) for name in numbers}
     spread = statistics.stdev(run["bleu"] for run in runs) if len(runs) > 1 else 0.0
-    return {**found, "bleu_error": spread / len(runs) ** 0.5, "seeds": len(runs), "samples": runs[0]["samples"]}
+    kept = {name: runs[0][name] for name in ("samples", "weight") if name in runs[0]}
+    return {**found, "bleu_error": spread / len(runs) ** 0.5, "seeds": len(runs), **kept}
 
 
 def _arm(task: Task, name: str, steps: int) -> dict[str, Any]:
@@ -100,8 +147,12 @@ def _arm(task: Task, name: str, steps: int) -> dict[str, Any]:
     return mean([tried[rate], *(_run(task, name, rate, seed, steps) for seed in SEEDS[1:])])
 
 
-def _run(task: Task, arm: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
+def _run(
+    task: Task, arm: str, rate: float, seed: int, steps: int, options: dict[str, Any] | None = None
+) -> dict[str, Any]:
     what = {"task": vars(task), "arm": arm, "rate": rate, "seed": seed, "steps": steps}
+    if options is not None:
+        what["options"] = options
     name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     path = KEPT / load_digest() / f"{task.label}-{arm.replace(' ', '_')}-{name}.json"
     if not path.exists():

@@ -1,7 +1,8 @@
 """One run of the comparison in a process of its own: trains, answers the test inputs, says what it took.
 
 `python -m tests.prove.paper.runs '{"task": …, "arm": …, "rate": …, "seed": …, "steps": …}'` prints one line of JSON. A
-run's result depends on nothing else, so it is kept and never made twice.
+run's result depends on nothing else, so it is kept and never made twice. A run of ours may have `options` of its
+training; it is then asked where attention goes as well.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from server.engine.prefix_loader import payload_of
 from server.scheduler.messages import PrefixPayload
 from server.scheduler.sampling_params import SamplingParams
 from tests.prove.bundled import Bench, load
-from tests.prove.paper import baselines, written
+from tests.prove.paper import baselines, weight, written
 from tests.prove.paper.tasks import Task, scores
 from trainer import training_model
 from trainer.data import Example, batches, tokenize
@@ -89,10 +90,10 @@ def _baseline(task: Task, run: dict[str, Any]) -> dict[str, Any]:
 def _ours(task: Task, run: dict[str, Any]) -> dict[str, Any]:
     frozen = training_model.attach(load())
     train, dev = _examples(frozen.tokenizer, task, run["seed"])
-    length = 0 if run["arm"] == "prefix_plus" else VIRTUAL_TOKENS
+    chosen: dict[str, Any] = {"virtual_tokens": 0 if run["arm"] == "prefix_plus" else VIRTUAL_TOKENS}
     spec = TrainingSpec(
         data_digest="", examples=len(train), method=run["arm"], learning_rate=run["rate"], steps=run["steps"],
-        batch_size=baselines.BATCH, seed=run["seed"], virtual_tokens=length,
+        batch_size=baselines.BATCH, seed=run["seed"], **chosen | run.get("options", {}),
     )  # fmt: skip
     text = chain.from_iterable(example.ids for example in train)
     method = METHODS[spec.method](frozen, spec, text)
@@ -118,6 +119,7 @@ def _ours(task: Task, run: dict[str, Any]) -> dict[str, Any]:
         "bytes": 4 * kept,
         "epoch_seconds": step_seconds * math.ceil(len(train) / baselines.BATCH),
         **_scored(answers, inputs, frozen.tokenizer, begun),
+        **({"weight": weight.of(frozen, method.manifest(), result.tensors, inputs)} if "options" in run else {}),
     }
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from prefix_store.jobs import TrainingSpec
 from tests.models import tiny_frozen
 from tests.prove.bundled import DATA
-from tests.prove.paper import baselines, comparison, runs, written
+from tests.prove.paper import baselines, comparison, runs, weight, written
 from tests.prove.paper.tasks import UNSEEN, Task, scores
 from trainer.data import Example
 
@@ -92,3 +93,32 @@ def test_a_run_tells_what_it_took(arm: str, monkeypatch: pytest.MonkeyPatch) -> 
     found = runs.measure({"task": task, "arm": arm, "rate": 0.01, "seed": 0, "steps": 2})
     assert {"bleu", "rouge_l", "chrf", "trainable", "bytes", "peak_mb", "tokens_per_second"} <= set(found)
     assert (found["trainable"] > 0) == (arm != "shots 1")
+
+
+@real
+@pytest.mark.parametrize(
+    ("arm", "options"), [("prefix", {"virtual_tokens": 3}), ("prefix_plus", {"feature_map": "gelu"})]
+)
+def test_an_ablation_is_asked_where_attention_goes(
+    arm: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.prove.paper.tasks.DEV", 4)
+    task = {"name": "e2e", "few": 8, "unseen": False}
+    found = runs.measure({"task": task, "arm": arm, "rate": 0.1, "seed": 0, "steps": 2, "options": options})
+    weights = list(found["weight"].values())
+    assert len(weights) == len(weight.LENGTHS)
+    assert all(0 < value < 1 for value in weights)
+    if arm == "prefix":
+        assert weights[0] > weights[-1]  # a longer prompt takes attention from the prefix
+
+
+def test_every_ablation_is_a_run_that_can_be_made_and_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(comparison.plots, "draw", lambda name, panels: drawn.append((name, panels)))
+    run = {"loss": 1.0, "weight": {"8": 0.5, "16": 0.25}}
+    comparison.plot({"ablations": dict.fromkeys(comparison.ABLATIONS, run)})
+    ((name, panels),) = drawn
+    assert name == "paper.svg"
+    assert [len(panel.curves) for panel in panels] == [8, 7]
+    for arm, options in comparison.ABLATIONS.values():
+        TrainingSpec(data_digest="", examples=8, method=arm, **{"virtual_tokens": 0} | options)
