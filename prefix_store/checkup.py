@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from prefix_store import layout, usage
 from prefix_store.backends.base import View, walk
-from prefix_store.errors import PrefixNotFound, StoreCorrupt
+from prefix_store.errors import NoSuchFile, PrefixNotFound, StoreCorrupt
+from prefix_store.files import StoredFile
 from prefix_store.jobs import TrainingJob
 from prefix_store.name_records import NameRecord
 from prefix_store.prefix import PrefixVersion
@@ -39,8 +40,9 @@ def examine(store: Store, say: Callable[[int, int], None]) -> Report:
         return report  # what it says of the rest means nothing
     versions = [PrefixVersion.from_json(data) for _, data in walk(store.backend, "version/")]
     jobs = [TrainingJob.from_json(data) for _, data in walk(store.backend, "job/")]
-    total = len(versions) + len(jobs) + sum(job.checkpoint is not None for job in jobs)
-    for number, problem in enumerate(_files(store, versions, jobs), start=1):
+    files = [StoredFile.from_json(data) for _, data in walk(store.backend, "file/")]
+    total = len(versions) + len(files) + len(jobs) + sum(job.checkpoint is not None for job in jobs)
+    for number, problem in enumerate(_files(store, versions, files, jobs), start=1):
         report.faults += [problem] if problem else []
         say(number, total)
     report.faults += _names(store)
@@ -48,7 +50,9 @@ def examine(store: Store, say: Callable[[int, int], None]) -> Report:
     return report
 
 
-def _files(store: Store, versions: list[PrefixVersion], jobs: list[TrainingJob]) -> Iterator[str | None]:
+def _files(
+    store: Store, versions: list[PrefixVersion], files: list[StoredFile], jobs: list[TrainingJob]
+) -> Iterator[str | None]:
     """What is wrong with each file, or None."""
     for version in versions:
         try:
@@ -60,6 +64,14 @@ def _files(store: Store, versions: list[PrefixVersion], jobs: list[TrainingJob])
             yield None  # deleted since
         except StoreCorrupt as error:
             yield f"{version.ref}: {error.message}"
+    for file in files:
+        try:
+            wrong = len(store.files.read(file)) != file.size_bytes
+            yield f"{file.id}: it is not of {file.size_bytes} bytes" if wrong else None
+        except NoSuchFile:
+            yield None  # deleted since
+        except StoreCorrupt as error:
+            yield f"{file.id}: {error.message}"
     for job in jobs:
         try:
             with store.blobs.file(job.spec.data_digest):
@@ -103,9 +115,8 @@ def _dangling(view: View, path: str) -> list[str]:
 
 def _counts(store: Store) -> list[str]:
     """Tenants of whom more or less is counted than there is."""
-    tenants = {
-        key.partition("/")[0] for folder in ("name/", "jobs/", "usage/") for key, _ in walk(store.backend, folder)
-    }
+    folders = ("name/", "file/", "jobs/", "usage/")
+    tenants = {key.partition("/")[0] for folder in folders for key, _ in walk(store.backend, folder)}
     wrong = []
     for tenant in sorted(tenants):
         wrong += _settled(store, _miscounted, tenant)
@@ -128,12 +139,13 @@ def _miscounted(view: View, tenant: str) -> list[str]:
 def recount(view: View, tenant: str) -> Usage:
     """What a tenant has, counted again from the records themselves."""
     versions = [data for _, data in view.scan(f"version/{tenant}/")]
+    files = [data for _, data in view.scan(layout.file(tenant))]
     numbers = view.scan(layout.jobs("jobs", tenant))
     jobs = view.get_many([layout.job(job_id) for _, job_id in numbers])
     return Usage(
         prefixes=len(view.scan(layout.name(tenant))),
         versions=len(versions),
-        bytes=sum(data["size_bytes"] for data in versions),
+        bytes=sum(data["size_bytes"] for data in versions + files),
         last_job=layout.number_of(numbers[-1][0]) if numbers else 0,
         jobs=dict(Counter(data["status"] for data in jobs if data is not None)),
     )

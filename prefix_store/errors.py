@@ -12,7 +12,8 @@ AntefixError
 ├── NotFound                     unknown, or another tenant's: never told apart
 │   ├── PrefixNotFound
 │   ├── ModelNotFound            a name that is neither the base model's nor a prefix's
-│   └── JobNotFound
+│   ├── JobNotFound
+│   └── NoSuchFile
 ├── Unauthorized                 no key, or not a valid one
 ├── Forbidden                    a valid key without the needed scope
 ├── QuotaExceeded                the tenant may not have more of it
@@ -114,6 +115,12 @@ class JobNotFound(NotFound):
     """No such job for this tenant."""
 
     code = "job_not_found"
+
+
+class NoSuchFile(NotFound):
+    """No such uploaded file for this tenant."""
+
+    code = "file_not_found"
 
 
 class Unauthorized(AntefixError):

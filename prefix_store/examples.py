@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
@@ -62,14 +63,20 @@ def from_jsonl(data: bytes) -> list[Example]:
     return [json.loads(line) for line in data.split(b"\n")[:-1]]
 
 
-def parse(data: bytes, shape: Callable[[Any], Example] = canonical) -> tuple[list[Example], list[str]]:
+def parse(
+    data: bytes, shape: Callable[[Any], Example] = canonical, most: int | None = None
+) -> tuple[list[Example], list[str]]:
     """The examples of a JSONL file that somebody wrote, and what is wrong with its first bad lines: `line 3: …`.
 
-    Blank lines are passed over. `shape` checks what a line holds, and raises InvalidTrainingData.
+    Blank lines are passed over. `shape` checks what a line holds, and raises InvalidTrainingData. More than `most`
+    examples are wrong too, and the rest is not read.
     """
     found: list[Example] = []
     faults: list[str] = []
     for number, line in _numbered(data):
+        if len(found) == most:
+            faults.append(f"line {number}: there are more than {most:,} examples")
+            break
         try:
             found.append(shape(loads(line)))
         except InvalidTrainingData as error:
@@ -77,6 +84,16 @@ def parse(data: bytes, shape: Callable[[Any], Example] = canonical) -> tuple[lis
             if len(faults) == FAULTS:
                 break
     return found, faults
+
+
+def read(data: bytes, param: str) -> list[Example]:
+    """The examples of a whole JSONL file. Raises InvalidTrainingData, naming `param`, with the first bad lines."""
+    found, faults = parse(data, most=MOST_EXAMPLES)
+    if faults:
+        _refuse("; ".join(faults), param)
+    if not found:
+        _refuse("the file has no examples", param)
+    return found
 
 
 def loads(line: bytes) -> Any:
@@ -106,7 +123,8 @@ def checked_text(name: str, value: Any) -> str:
 
 
 def _numbered(data: bytes) -> Iterator[tuple[int, bytes]]:
-    return ((number, line) for number, line in enumerate(data.split(b"\n"), start=1) if line.strip())
+    """One by one: as a list, 64 MB of short lines would take a gigabyte."""
+    return ((number, line.removesuffix(b"\n")) for number, line in enumerate(io.BytesIO(data), start=1) if line.strip())
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Example:

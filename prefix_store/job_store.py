@@ -29,7 +29,7 @@ from prefix_store.jobs import (
     TrainingJob,
     TrainingSpec,
 )
-from prefix_store.prefix import PrefixRef, check_name
+from prefix_store.prefix import PrefixRef, check_metadata, check_name
 
 NO_OPTIONS = {"data_digest", "examples", "validation_examples", "unset"}
 OPTIONS = frozenset(field.name for field in dataclasses.fields(TrainingSpec)) - NO_OPTIONS
@@ -54,13 +54,15 @@ class JobStore(JobQueue):
         by: str = audit.LOCAL,
         also: Callable[[Transaction, TrainingJob], None] | None = None,
         validation: Sequence[Mapping[str, Any]] = (),
+        about: Mapping[str, Any] | None = None,
     ) -> TrainingJob:
         """Queues the training of `tenant/name` on examples of any of the shapes in examples.py.
 
         `options`: fields of TrainingSpec. `methods`: the names that its `method` may have. `also` is done in the
-        transaction that queues. `validation`: examples to judge by; none sets some of the others aside. Raises
-        InvalidName, InvalidTrainingData with the line, InvalidRequest with the field, PrefixNotFound for an `init_from`
-        that the tenant may not use, QuotaExceeded, and what `also` raises.
+        transaction that queues. `validation`: examples to judge by; none sets some of the others aside. `about`: the
+        job's `training_file`, `validation_file` and `metadata`. Raises InvalidName, InvalidTrainingData with the line,
+        InvalidRequest with the field, PrefixNotFound for an `init_from` that the tenant may not use, QuotaExceeded, and
+        what `also` raises.
         """
         check_name(tenant, "tenant")
         check_name(name)
@@ -72,9 +74,11 @@ class JobStore(JobQueue):
             what = f"a prefix that starts from {source['init_from']} has its {length} virtual tokens, not {asked}"
             raise InvalidRequest(f"{what}; leave the option out", param="virtual_tokens")
         spec = _spec(digest_of(data), len(examples), len(validation), options, source)
+        job = TrainingJob(_new_id(), tenant, name, spec, JobStatus.QUEUED, created_at=0.0, **(about or {}))
+        check_metadata(job.metadata)
         with holds.held(self._backend, tenant, spec.data_digest) as hold:
             self._blobs.put(data)
-            return self._backend.write(partial(_enqueue, _new_id(), tenant, name, spec, by, hold, also))
+            return self._backend.write(partial(_enqueue, job, by, hold, also))
 
     def _source(self, tenant: str, asked: Any) -> dict[str, Any]:
         """`init_from` as the one version that it means now, for the job may run later, and how long that is.
@@ -98,16 +102,28 @@ class JobStore(JobQueue):
             record = job_records.find(view, job_id, tenant)
         return record.job if record is not None else None
 
-    def jobs(self, tenant: str, after: str | None, limit: int) -> list[TrainingJob]:
-        """Newest first; `after` is the last job id of the page before."""
+    def jobs(
+        self,
+        tenant: str,
+        after: str | None,
+        limit: int,
+        wanted: Callable[[TrainingJob], bool] = lambda job: True,
+    ) -> list[TrainingJob]:
+        """Newest first, only those that are wanted; `after` is the last job id of the page before."""
+        jobs: list[TrainingJob] = []
         with self._backend.view() as view:
             last = job_records.find(view, after, tenant) if after is not None else None
             if after is not None and last is None:
                 return []
             before = layout.jobs("jobs", tenant, last.number).rpartition("/")[2] if last is not None else ""
-            page = view.scan(layout.jobs("jobs", tenant), after=before, limit=limit, descending=True)
-            found = view.get_many([layout.job(job_id) for _, job_id in page])
-        return [TrainingJob.from_json(data) for data in found if data is not None]
+            while len(jobs) < limit:
+                page = view.scan(layout.jobs("jobs", tenant), after=before, limit=limit, descending=True)
+                found = view.get_many([layout.job(job_id) for _, job_id in page])
+                jobs += filter(wanted, (TrainingJob.from_json(data) for data in found if data is not None))
+                if len(page) < limit:
+                    break
+                before = page[-1][0]
+        return jobs[:limit]
 
     def job_counts(self) -> dict[JobStatus, int]:
         """How many jobs stand in each state, over all tenants."""
@@ -118,13 +134,13 @@ class JobStore(JobQueue):
             totals.update(usage["jobs"])
         return {status: totals[status] for status in JobStatus}
 
-    def events(self, tenant: str, job_id: str, after: int, limit: int) -> list[JobEvent]:
-        """Events with a sequence above `after`, oldest first."""
+    def events(self, tenant: str, job_id: str, after: int, limit: int, *, newest_first: bool = False) -> list[JobEvent]:
+        """Events with a sequence above `after`, oldest first; or below it, newest first, all of them if it is 0."""
         with self._backend.view() as view:
             if job_records.find(view, job_id, tenant) is None:
                 return []
-            first = layout.event(job_id, min(after, LAST_EVENT)).rpartition("/")[2]
-            page = view.scan(layout.event(job_id), after=first, limit=limit)
+            place = layout.event(job_id, min(after, LAST_EVENT)).rpartition("/")[2]
+            page = view.scan(layout.event(job_id), after=place if after else "", limit=limit, descending=newest_first)
         return [JobEvent(**data) for _, data in page]
 
     def save_checkpoint(self, job: TrainingJob, data: bytes) -> None:
@@ -163,19 +179,16 @@ class JobStore(JobQueue):
 
 
 def _enqueue(
-    job_id: str,
-    tenant: str,
-    name: str,
-    spec: TrainingSpec,
+    made: TrainingJob,
     by: str,
     hold: str,
     also: Callable[[Transaction, TrainingJob], None] | None,
     transaction: Transaction,
 ) -> TrainingJob:
     holds.release(transaction, hold)
-    job = TrainingJob(job_id, tenant, name, spec, JobStatus.QUEUED, created_at=transaction.now)
+    job = dataclasses.replace(made, created_at=transaction.now)
     job_records.add(transaction, job)
-    audit.record(transaction, by, tenant, "job.submit", job_id, spec.data_digest)
+    audit.record(transaction, by, job.tenant, "job.submit", job.id, job.spec.data_digest)
     if also is not None:
         also(transaction, job)
     return job
@@ -189,6 +202,8 @@ def _check_options(options: Mapping[str, Any], methods: Sequence[str]) -> None:
         if name in options and options[name] not in able:
             asked = str(options[name])[:40]
             raise InvalidRequest(f"{name} {asked!r} cannot be trained; what can: {', '.join(able)}", param=name)
+    if "steps" in options and "epochs" in options:
+        raise InvalidRequest("a run is as long as steps or epochs say; give one of them", param="epochs")
     method = options.get("method", TrainingSpec.method)
     for name, having in METHODS_WITH.items():
         if name in options and method in BUILT_IN_METHODS and method not in having:

@@ -98,7 +98,8 @@ class TrainingSpec:
     """What to train. `data_digest` names the examples' blob (JSONL, see examples.py).
 
     `method` names how the prefix is tuned, which is not what its file holds (`prefix.Method`). `steps` optimiser steps
-    of `batch_size` examples; an example longer than `max_length` tokens loses its prompt's beginning first.
+    of `batch_size` examples, or as many as `epochs` passes over all of them take; an example longer than `max_length`
+    tokens loses its prompt's beginning first.
     `template`: text with one `{prompt}`, in which prompts stand here and when the prefix is served. `base_digest`: the
     model that the prefix is wanted for; None trusts whichever the worker has. `validation_examples`: how many lines of
     the blob, behind those to learn from, are to judge by; 0 sets some of the others aside. `chat_template`: what
@@ -143,11 +144,13 @@ class TrainingSpec:
     context: str | None = None
     patience: int = 0
     publish_anyway: bool = False
+    epochs: int | None = None
 
     # inclusive bounds of every number a user may set
     LIMITS = {  # noqa: RUF012  (a constant table, not a field)
         "virtual_tokens": (0, 4096),
         "steps": (1, 100_000),
+        "epochs": (1, 10_000),
         "batch_size": (1, 256),
         "learning_rate": (1e-7, 10.0),
         "max_length": (2, 32_768),
@@ -167,6 +170,8 @@ class TrainingSpec:
     def __post_init__(self) -> None:
         for name, (low, high) in self.LIMITS.items():
             value = getattr(self, name)
+            if value is None and name == "epochs":
+                continue
             whole = isinstance(low, int)
             # not isinstance: True is no number here
             if type(value) not in ((int,) if whole else (int, float)) or not low <= value <= high:
@@ -225,6 +230,7 @@ class TrainingJob:
     """One job as the store knows it. `fence` grows with every claim; a write with an older fence is refused.
 
     `lapses`: leases that ran out since it last got on. `checkpoint`: the digest of the blob that it goes on from.
+    `training_file`, `validation_file`: ids of the uploaded files that its examples were read from, if they were.
     """
 
     id: str
@@ -246,6 +252,9 @@ class TrainingJob:
     version: int | None = None
     error: JobError | None = None
     progress: dict[str, Any] = field(default_factory=dict)
+    training_file: str | None = None
+    validation_file: str | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, as the store keeps it."""

@@ -9,7 +9,9 @@ tombstone/TENANT/NAME/NUMBER      a version that was deleted and whose blob is s
 blob/DIGEST/version/TENANT/…      why a blob is kept: a version or tombstone,
 blob/DIGEST/job/JOB                 a job's examples,
 blob/DIGEST/checkpoint/JOB          where a job goes on from,
+blob/DIGEST/file/FILE               an uploaded file,
 blob/DIGEST/hold/ID                 or a record that is about to be written
+file/TENANT/FILE                  an uploaded file
 job/JOB                           a job
 jobs/TENANT/NUMBER                a tenant's jobs in the order they came
 queued/TENANT/NUMBER              those that wait
@@ -85,9 +87,19 @@ def blob_of_checkpoint(digest: str, job_id: str) -> str:
     return f"{blob(digest)}checkpoint/{job_id}"
 
 
+def blob_of_file(digest: str, file_id: str) -> str:
+    """The blob is an uploaded file."""
+    return f"{blob(digest)}file/{file_id}"
+
+
 def hold(digest: str, hold_id: str) -> str:
     """The blob is about to be named."""
     return f"{blob(digest)}hold/{hold_id}"
+
+
+def file(tenant: str, file_id: str = "") -> str:
+    """An uploaded file's record; without an id, the folder of the tenant's."""
+    return f"file/{tenant}/{file_id}"
 
 
 def job(job_id: str) -> str:

@@ -14,8 +14,8 @@ from prefix_store.store import Store
 
 # the first part of every key that is copied
 FOLDERS = (
-    "version", "name", "retired", "expiry", "shared", "tombstone", "blob", "job", "jobs", "queued", "running", "event",
-    "tenant", "usage", "key", "once", "audit",
+    "version", "name", "retired", "expiry", "shared", "tombstone", "blob", "file", "job", "jobs", "queued", "running",
+    "event", "tenant", "usage", "key", "once", "audit",
 )  # fmt: skip
 BATCH = 200
 

@@ -1,4 +1,4 @@
-"""The store: prefixes, jobs, tenants and keys, wherever they are kept. The only place where server and trainer meet."""
+"""The store: prefixes, files, jobs, tenants and keys, wherever kept. The only place where server and trainer meet."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from prefix_store.backends.base import Backend, Blobs
 from prefix_store.backends.blobs import FolderBlobs
 from prefix_store.backends.sqlite import SqliteBackend
 from prefix_store.errors import StoreUnavailable
+from prefix_store.files import FileStore
 from prefix_store.job_store import JobStore
 from prefix_store.key_store import KeyStore
 from prefix_store.prefixes import PrefixStore
@@ -29,6 +30,7 @@ class Store:
         self.blobs = blobs
         self.prefixes = PrefixStore(backend, blobs)
         self.jobs = JobStore(backend, blobs)
+        self.files = FileStore(backend, blobs)
         self.tenants = TenantStore(backend)
         self.keys = KeyStore(backend)
         self.audit = AuditLog(backend)

@@ -173,6 +173,8 @@ def _rest(backend: Backend, tenant: str) -> Iterator[str]:
         yield f"jobs/{tenant}/{number}"
     for folder in ("name", "once", "retired"):
         yield from (f"{folder}/{tenant}/{key}" for key, _ in walk(backend, f"{folder}/{tenant}/"))
+    for file_id, data in walk(backend, layout.file(tenant)):
+        yield from (layout.blob_of_file(data["digest"], file_id), layout.file(tenant, file_id))
     yield from (f"shared/{key}" for key, _ in walk(backend, "shared/") if key.split("/")[1] == tenant)
     for folder in ("version", "tombstone"):
         for path, data in walk(backend, f"{folder}/{tenant}/"):

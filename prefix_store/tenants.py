@@ -23,7 +23,8 @@ _ID_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 class Quotas:
     """The most that a tenant may have or ask for; None sets no bound.
 
-    `prefixes` counts names, `bytes` the files of all their versions, `jobs` those that have not ended.
+    `prefixes` counts names, `bytes` the files of all their versions and uploaded ones, `jobs` those that
+    have not ended.
     """
 
     prefixes: int | None = None
@@ -50,7 +51,7 @@ class Tenant:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a tenant has: names, versions, the bytes of their files, and jobs by state.
+    """What a tenant has: names, versions, the bytes of their files and of those uploaded, and jobs by state.
 
     `last_job` is the number of its newest job.
     """

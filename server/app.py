@@ -15,6 +15,8 @@ from server.api import (
     chat,
     completions,
     errors,
+    files,
+    fine_tuning,
     generate,
     inspect,
     model,
@@ -93,7 +95,10 @@ def create_app(
     errors.install(app)
     app.add_middleware(BodyLimit, upload_bytes=max_upload_mb * MB, metrics=metrics)
     app.add_middleware(Exchange, metrics=metrics)
-    parts = (ops, model, generate, completions, chat, models, tokens, training, uploads, versions, inspect, verify)
+    parts = (
+        *(ops, model, generate, completions, chat, models, tokens, training, files, fine_tuning),
+        *(uploads, versions, inspect, verify),
+    )
     # `prefixes` last: a reference may hold a slash, so its route for one prefix takes any path below it
     for part in (*parts, prefixes):
         app.include_router(part.router)

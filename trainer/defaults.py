@@ -33,8 +33,9 @@ def fill_pace(spec: TrainingSpec, lengths: Sequence[int]) -> TrainingSpec:
     """Chooses `batch_size` and `steps`; `lengths` of the examples that are learned from, as they were cut."""
     typical = math.ceil(sum(lengths) / len(lengths))
     spec = _filled(spec, "batch_size", max(1, min(BATCH, len(lengths), STEP_TOKENS // typical)))
-    steps = math.ceil(EPOCHS * len(lengths) / spec.batch_size)
-    return _filled(spec, "steps", max(STEPS_LEAST, min(STEPS_MOST, steps)))
+    steps = math.ceil((spec.epochs or EPOCHS) * len(lengths) / spec.batch_size)
+    least, most = (STEPS_LEAST, STEPS_MOST) if spec.epochs is None else TrainingSpec.LIMITS["steps"]
+    return _filled(spec, "steps", max(int(least), min(int(most), steps)))
 
 
 def room_for_text(spec: TrainingSpec, context_length: int) -> int:

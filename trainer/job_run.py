@@ -101,7 +101,8 @@ class JobRun:
         Raises NoImprovement, LeaseLost, QuotaExceeded and StoreUnavailable.
         """
         result = self.tuning.result()
-        self._tell(summary(result))
+        self.lease.beat()  # where it ended, if that was early
+        self._tell(summary(result), kept={"step": result.step, "valid_loss": result.valid_loss})
         if not (result.improves or self._spec.publish_anyway):
             raise NoImprovement(
                 f"the validation loss is {result.valid_loss:.4f} with the prefix, {result.start_loss:.4f} with what it "

@@ -10,7 +10,10 @@ from trainer.tuning import Fit, Tuning
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands after a step; losses in nats per completion token."""
+    """Where a run stands after a step; losses in nats per completion token.
+
+    `trained_tokens`: tokens of all the examples that were shown, each as often as it was.
+    """
 
     step: int
     total_steps: int
@@ -19,6 +22,7 @@ class Progress:
     learning_rate: float
     tokens_per_second: float
     seconds_left: float
+    trained_tokens: int = 0
 
 
 class Meter:
@@ -34,7 +38,8 @@ class Meter:
         self._tokens += tuning.batch_tokens
         elapsed = max(self._clock() - self._started, 1e-9)
         left = elapsed / max(1, tuning.step - self._first) * (steps - tuning.step)
-        return Progress(tuning.step, steps, train_loss, valid_loss, tuning.rate, self._tokens / elapsed, left)
+        speed = self._tokens / elapsed
+        return Progress(tuning.step, steps, train_loss, valid_loss, tuning.rate, speed, left, tuning.tokens)
 
 
 def line(progress: Progress) -> str:

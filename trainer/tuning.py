@@ -89,6 +89,7 @@ class Tuning:
         self.step = 0
         self.loss: float | None = None  # of the last step, as it was before it
         self.batch_tokens = 0  # of the last step
+        self.tokens = 0  # of all steps
         self._examples = examples
         self._optimiser = torch.optim.AdamW(method.parameters(), weight_decay=spec.weight_decay)
         self._batches = shuffled_batches(examples, spec.batch_size, spec.seed)
@@ -144,6 +145,7 @@ class Tuning:
             settings["lr"] = self.rate
         self._optimiser.step()
         self.batch_tokens = sum(len(example.ids) for example in self._batch)
+        self.tokens += self.batch_tokens
         self._batch, self.loss = None, loss
 
     def judge(self, loss: float) -> None:
@@ -179,7 +181,7 @@ class Tuning:
             tensors[f"parameter.{number}"] = parameter.detach()
             for name, moment in self._optimiser.state.get(parameter, {}).items():
                 tensors[f"adam.{number}.{name}"] = moment
-        header = {"format": STATE_FORMAT, "model": model, "step": self.step, "loss": self.loss}
+        header = {"format": STATE_FORMAT, "model": model, "step": self.step, "loss": self.loss, "tokens": self.tokens}
         text = json.dumps({**header, "losses": asdict(self._losses)})
         # an absent best has no tensor; copies, for a state on the CPU may be a view of what goes on changing
         return save({name: tensor.cpu().clone().contiguous() for name, tensor in tensors.items()}, {STATE_KEY: text})
@@ -206,6 +208,7 @@ class Tuning:
         self._best = _below(tensors, "best.") or None
         self._losses = _Losses(**header["losses"])
         self.step, self.loss = header["step"], header["loss"]
+        self.tokens = header.get("tokens", 0)
         self._batches = islice(shuffled_batches(self._examples, self.spec.batch_size, self.spec.seed), self.step, None)
 
 

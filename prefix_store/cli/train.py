@@ -35,6 +35,9 @@ def train(
     ] = None,
     virtual_tokens: Annotated[int | None, typer.Option(help=f"The prefix's length. {BY_DATA}")] = None,
     steps: Annotated[int | None, typer.Option(help=f"Optimiser steps. {BY_DATA}")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the data, in place of steps. Default: by the data.")
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. Default: the method's.")] = None,
     schedule: Annotated[
         str | None, typer.Option(help="How it falls from there: linear or cosine. Default: linear.")
@@ -81,6 +84,7 @@ def train(
         "objective": "distil" if context is not None else None,
         "virtual_tokens": virtual_tokens,
         "steps": steps,
+        "epochs": epochs,
         "learning_rate": learning_rate,
         "schedule": schedule,
         "warmup": warmup,

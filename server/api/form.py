@@ -22,9 +22,10 @@ FILE = "file"
 
 @dataclass
 class Form:
-    """What came: the short parts by name, the file, and the sha256 of the whole body."""
+    """What came: the short parts by name, the file and what it is called, and the sha256 of the whole body."""
 
     file: Received
+    filename: str = ""
     fields: dict[str, bytes] = field(default_factory=dict)
     body_digest: str = ""
 
@@ -102,6 +103,8 @@ class _Reader:
             raise InvalidRequest(f"the part {part!r} is given more than once", param=part)
         if part == FILE and b"filename" not in options:
             raise InvalidRequest("the form needs a part 'file' with a file name", param=FILE)
+        if part == FILE:
+            self._form.filename = options[b"filename"].decode(errors="replace")
         self._part = part
         self.seen.add(part)
         if part != FILE:
@@ -126,6 +129,6 @@ def _boundary(content_type: str) -> bytes:
     kind, options = parse_options_header(content_type)
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
         raise InvalidRequest(
-            "the body must be a form (multipart/form-data); PUT /v1/prefixes/{name}/content takes a bare file"
+            "the body must be a form (multipart/form-data); of prefixes, PUT /v1/prefixes/{name}/content takes the file"
         )
     return options[b"boundary"]

@@ -18,6 +18,7 @@ TRAINING_BYTES = 64 * MB
 FORM_BYTES = 256 * 1024
 UPLOAD_ROUTE = re.compile(r"/v1/prefixes/?")
 CONTENT_ROUTE = re.compile(r"/v1/prefixes/[^/]+/content")
+FILES_ROUTE = re.compile(r"/v1/files/?")
 TRAIN_ROUTE = re.compile(r"/v1/prefixes/[^/]+/train")
 
 
@@ -47,6 +48,8 @@ class BodyLimit:
             return self.upload_bytes + FORM_BYTES
         if CONTENT_ROUTE.fullmatch(path):
             return self.upload_bytes
+        if FILES_ROUTE.fullmatch(path):
+            return TRAINING_BYTES + FORM_BYTES
         return TRAINING_BYTES if TRAIN_ROUTE.fullmatch(path) else JSON_BYTES
 
 

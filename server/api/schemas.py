@@ -94,18 +94,14 @@ class GenerateBody(SamplingFields, Body):
     echo: bool = False
 
 
-class TrainBody(Body):
-    """POST /v1/prefixes/{name}/train. An absent option is `TrainingSpec`'s default, and so are the ranges.
+class TrainingOptions(Body):
+    """How to train. An absent option is `TrainingSpec`'s default, and so are the ranges."""
 
-    What an example may be, `prefix_store.examples` says.
-    """
-
-    examples: Examples
-    validation_examples: Examples | None = None
     method: str | None = None
     objective: Objective | None = None
     virtual_tokens: Integer | None = None
     steps: Integer | None = None
+    epochs: Integer | None = None
     batch_size: Integer | None = None
     learning_rate: float | None = None
     schedule: str | None = None
@@ -125,8 +121,15 @@ class TrainBody(Body):
     publish_anyway: bool | None = None
 
     def options(self) -> dict[str, Any]:
-        """What was asked for beyond the examples."""
+        """What was asked for, without examples."""
         return self.model_dump(exclude={"examples", "validation_examples"}, exclude_none=True)
+
+
+class TrainBody(TrainingOptions):
+    """POST /v1/prefixes/{name}/train. What an example may be, `prefix_store.examples` says."""
+
+    examples: Examples
+    validation_examples: Examples | None = None
 
 
 class EditBody(Body):

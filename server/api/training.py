@@ -31,7 +31,6 @@ async def train(request: Request, name: str, services: Serving, caller: Calling)
     references.new_name(services, name)
     key = repeats.key_of(request.headers)
     body = await schemas.read(request, TrainBody)
-    _check_room(body, services)
     return (await to_thread.run_sync(_train, services, caller, key, name, body)).response()
 
 
@@ -45,7 +44,7 @@ async def page(services: Serving, caller: Calling, after: str | None = None, lim
 @router.get("/jobs/{job_id}", dependencies=[Depends(queries.only_known)])
 async def show(job_id: str, services: Serving, caller: Calling) -> dict[str, Any]:
     """One job."""
-    return views.job(await _find(services, caller, job_id))
+    return views.job(await find(services, caller, job_id))
 
 
 @router.get("/jobs/{job_id}/events", dependencies=[Depends(queries.only_known)])
@@ -57,7 +56,7 @@ async def events(
     limit: Limit = 100,
 ) -> dict[str, Any]:
     """A job's history after a sequence number, oldest first."""
-    await _find(services, caller, job_id)
+    await find(services, caller, job_id)
     found = await to_thread.run_sync(services.store.jobs.events, caller.tenant, job_id, after, limit + 1)
     return views.page([views.event(event) for event in found], limit)
 
@@ -65,8 +64,8 @@ async def events(
 @router.get("/jobs/{job_id}/report", dependencies=[Depends(queries.only_known)])
 async def report(job_id: str, services: Serving, caller: Calling) -> dict[str, Any]:
     """How a job went so far: its curves, what was chosen for it, and samples once it is done."""
-    found = await _find(services, caller, job_id)
-    made = await to_thread.run_sync(_report, services, found)
+    found = await find(services, caller, job_id)
+    made = await to_thread.run_sync(report_of, services, found)
     return {"object": "job.report", "job": views.job(found), **made}
 
 
@@ -91,26 +90,45 @@ async def resume(job_id: str, services: Serving, caller: Calling) -> dict[str, A
     return views.job(found)
 
 
-async def _find(services: Services, caller: Caller, job_id: str) -> TrainingJob:
+async def find(services: Services, caller: Caller, job_id: str) -> TrainingJob:
+    """The caller's job. Raises JobNotFound."""
     job = await to_thread.run_sync(services.store.jobs.job, caller.tenant, job_id)
     if job is None:
         raise JobNotFound(f"there is no job {job_id[:80]!r}")
     return job
 
 
-def _report(services: Services, job: TrainingJob) -> dict[str, Any]:
+def report_of(services: Services, job: TrainingJob) -> dict[str, Any]:
+    """How a job went so far, as `job_report` tells it. Blocking."""
     events: list[JobEvent] = []
     while page := services.store.jobs.events(job.tenant, job.id, events[-1].sequence if events else 0, PAGE):
         events += page
     return job_report.make(events)
 
 
+def for_this_server(
+    services: Services, options: dict[str, Any], examples: list[dict[str, Any]], param: str
+) -> dict[str, Any]:
+    """A job's options with what the server adds to them: its model and, for messages, how it writes them.
+
+    Raises InvalidRequest for a prefix that leaves no room, ChatTemplateMissing, naming `param`.
+    """
+    asked = options.get("virtual_tokens", 1)
+    if asked + 2 > services.frozen.context_length:
+        raise InvalidRequest(
+            f"{asked} virtual tokens leave no room in a context of {services.frozen.context_length}",
+            param="virtual_tokens",
+        )
+    added: dict[str, Any] = {"base_digest": services.frozen.digest}
+    if any("messages" in example for example in examples):
+        check_chat_template(services.frozen.tokenizer, services.chat_template, param)
+        added["chat_template"] = services.chat_template
+    return options | added
+
+
 def _train(services: Services, caller: Caller, key: str | None, name: str, body: TrainBody) -> Reply:
     examples, validation = body.examples, body.validation_examples or []
-    options = {**body.options(), "base_digest": services.frozen.digest}
-    if any("messages" in example for example in examples + validation):
-        check_chat_template(services.frozen.tokenizer, services.chat_template, "examples")
-        options["chat_template"] = services.chat_template
+    options = for_this_server(services, body.options(), examples + validation, "examples")
 
     def work(keep: Keep) -> Reply:
         def also(transaction: Transaction, job: TrainingJob) -> None:
@@ -125,12 +143,3 @@ def _train(services: Services, caller: Caller, key: str | None, name: str, body:
 
 def _accepted(job: TrainingJob) -> Reply:
     return Reply(202, {"job": views.job(job)})
-
-
-def _check_room(body: TrainBody, services: Services) -> None:
-    asked = body.virtual_tokens or 1
-    if asked + 2 > services.frozen.context_length:
-        raise InvalidRequest(
-            f"{asked} virtual tokens leave no room in a context of {services.frozen.context_length}",
-            param="virtual_tokens",
-        )

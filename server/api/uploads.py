@@ -63,7 +63,7 @@ class Upload:
 @router.post("")
 async def upload(request: Request, services: Serving, caller: Calling) -> Response:
     """Takes a native file, or a PEFT adapter as `file`, `config` and `template`; keeps nothing that does not fit."""
-    async with _receiving(services) as path:
+    async with receiving(services) as path:
         key, if_match = repeats.key_of(request.headers), conditions.wanted(request.headers)
         found = await form.read(request.headers, request.stream(), PARTS, path)
         conditions.check_digest(request.headers, found.file.digest, found.body_digest)
@@ -85,7 +85,7 @@ async def upload(request: Request, services: Serving, caller: Calling) -> Respon
 @router.put("/{name}/content")
 async def put(request: Request, name: str, services: Serving, caller: Calling) -> Response:
     """Takes a file as the whole body; `metadata.KEY=VALUE` and `ttl_seconds` are parameters."""
-    async with _receiving(services) as path:
+    async with receiving(services) as path:
         key, if_match = repeats.key_of(request.headers), conditions.wanted(request.headers)
         references.new_name(services, name)
         metadata = check_metadata(queries.metadata(request, ("ttl_seconds",)))
@@ -97,7 +97,7 @@ async def put(request: Request, name: str, services: Serving, caller: Calling) -
 
 
 @asynccontextmanager
-async def _receiving(services: Services) -> AsyncIterator[Path]:
+async def receiving(services: Services) -> AsyncIterator[Path]:
     """Where the file may lie meanwhile. What is refused is counted."""
     spool = services.store.prefixes.spool()
     try:

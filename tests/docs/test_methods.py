@@ -14,6 +14,7 @@ GENERAL = {
     "method",
     "objective",
     "steps",
+    "epochs",
     "batch_size",
     "max_length",
     "template",

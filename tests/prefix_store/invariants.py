@@ -49,6 +49,8 @@ def recounted(found: Records) -> dict[str, Any]:
     for path, version in found["version"].items():
         usage[_owner(path)]["versions"] += 1
         usage[_owner(path)]["bytes"] += version["size_bytes"]
+    for path, file in found["file"].items():
+        usage[_owner(path)]["bytes"] += file["size_bytes"]
     for job in found["job"].values():
         usage[job["tenant"]]["jobs"][job["status"]] += 1
         usage[job["tenant"]]["last_job"] = max(usage[job["tenant"]]["last_job"], job["number"])
@@ -77,6 +79,7 @@ def _check_blobs(found: Records) -> None:
     named = {f"{entry['digest']}/version/{path}" for path, entry in found["version"].items()}
     named |= {f"{entry['digest']}/version/{path}" for path, entry in found["tombstone"].items()}
     named |= {f"{job['spec']['data_digest']}/job/{job_id}" for job_id, job in found["job"].items()}
+    named |= {f"{file['digest']}/file/{file['id']}" for file in found["file"].values()}
     checkpoints = {job_id: job["checkpoint"] for job_id, job in found["job"].items() if job.get("checkpoint")}
     named |= {f"{digest}/checkpoint/{job_id}" for job_id, digest in checkpoints.items()}
     assert not any(found["job"][job_id]["status"] in ("succeeded", "failed", "cancelled") for job_id in checkpoints)

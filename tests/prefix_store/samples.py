@@ -13,6 +13,8 @@ from prefix_store.backends.blobs import FolderBlobs
 from prefix_store.backends.redis_blobs import RedisBlobs
 from prefix_store.backends.redis_client import CHUNK
 from prefix_store.catalog import Catalog
+from prefix_store.codec import digest_of
+from prefix_store.files import StoredFile
 from prefix_store.geometry import ModelGeometry
 from prefix_store.jobs import JobStatus, TrainingJob, TrainingSpec
 from prefix_store.name_records import Draft
@@ -83,6 +85,13 @@ def damage(store: Store, digest: str, data: bytes | None) -> None:
     assert isinstance(store.blobs, RedisBlobs)
     key = CHUNK.format(digest=digest, number=0)
     store.blobs._client.delete(key) if data is None else store.blobs._client.set(key, data)
+
+
+def upload(store: Store, data: bytes, tenant: str = "acme", filename: str = "data.jsonl", **more: Any) -> StoredFile:
+    """A file as it comes in over HTTP."""
+    with store.blobs.spool() as path:
+        path.write_bytes(data)
+        return store.files.save(tenant, filename, path, digest_of(data), **more)
 
 
 def enqueue(backend: Backend, *ids: str, tenant: str = "acme") -> None:

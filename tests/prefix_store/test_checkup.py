@@ -4,7 +4,7 @@ from prefix_store import checkup, layout
 from prefix_store.errors import StoreCorrupt, StoreUnavailable
 from prefix_store.prefix import PrefixRef
 from prefix_store.store import Store
-from tests.prefix_store.samples import manifest, tensors
+from tests.prefix_store.samples import manifest, tensors, upload
 
 
 @pytest.fixture
@@ -35,6 +35,8 @@ def test_whatever_was_done_to_a_store_its_counts_are_right(store):
     for _ in range(2):
         store.jobs.submit("acme", "support", [{"prompt": "a", "completion": "b"}], {})
     store.jobs.claim("w", 60.0)
+    upload(store, b'{"text": "a"}\n')
+    store.files.delete("acme", upload(store, b'{"text": "b"}\n').id)
     assert faults(store) == []
     with store.backend.view() as view:
         assert checkup.recount(view, "acme") == store.tenants.usage("acme")
@@ -45,6 +47,13 @@ def test_a_lost_blob_of_a_job_is_named(store):
     store.blobs.remove_unless(job.spec.data_digest, lambda: False)
     (fault,) = faults(store)
     assert fault.startswith(f"{job.id}, its examples: blob")
+
+
+def test_a_lost_blob_of_an_uploaded_file_is_named(store):
+    file = upload(store, b'{"text": "a"}\n')
+    store.blobs.remove_unless(file.digest, lambda: False)
+    (fault,) = faults(store)
+    assert fault.startswith(f"{file.id}: blob")
 
 
 def test_a_version_that_is_deleted_meanwhile_is_no_fault(store, monkeypatch):

@@ -130,6 +130,19 @@ def test_no_more_faults_are_told_than_can_be_read():
     assert [fault.partition(":")[0] for fault in faults] == ["line 1", "line 2", "line 3", "line 5", "line 6"]
 
 
+def test_no_more_examples_are_read_than_there_may_be(monkeypatch):
+    monkeypatch.setattr(examples, "MOST_EXAMPLES", 2)
+    lines = b'{"text": "a"}\n'
+    assert examples.read(lines * 2 + b"\n", "file") == [{"text": "a"}] * 2
+    with pytest.raises(InvalidTrainingData, match=r"^line 3: there are more than 2 examples$") as caught:
+        examples.read(lines * 3 + b"no json" * 9, "file")
+    assert caught.value.param == "file"
+    with pytest.raises(InvalidTrainingData, match=r"^line 1: .*; line 2: not JSON"):
+        examples.read(b"{}\nx\n", "file")
+    with pytest.raises(InvalidTrainingData, match=r"^the file has no examples$"):
+        examples.read(b"\n \n", "file")
+
+
 def test_a_user_s_words_are_never_repeated_in_full():
     with pytest.raises(InvalidTrainingData) as caught:
         canonical({"x" * 1000: 1, "y" * 1000: 2})

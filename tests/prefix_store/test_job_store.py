@@ -112,6 +112,57 @@ def test_bad_options_are_refused_by_name(jobs, options, field):
     assert field in caught.value.message
 
 
+def test_a_run_is_as_long_as_steps_or_epochs_say(jobs):
+    job = jobs.submit("acme", "support", EXAMPLES, {"epochs": 3})
+    assert (job.spec.epochs, "steps" in job.spec.unset) == (3, True)
+    assert jobs.job("acme", job.id) == job
+    for epochs in (0, 10_001, 1.5, True, "3"):
+        with pytest.raises(InvalidRequest, match="epochs must be a whole number from 1 to 10000"):
+            jobs.submit("acme", "support", EXAMPLES, {"epochs": epochs})
+    with pytest.raises(InvalidRequest, match="give one of them"):
+        jobs.submit("acme", "support", EXAMPLES, {"epochs": 3, "steps": 3})
+
+
+def test_what_a_job_is_about_stays_with_it(jobs):
+    about = {"training_file": "file-a", "validation_file": "file-b", "metadata": {"team": "Grüße"}}
+    job = jobs.submit("acme", "support", EXAMPLES, {}, about=about)
+    found = jobs.job("acme", job.id)
+    assert {name: getattr(found, name) for name in about} == about
+    plain = jobs.submit("acme", "support", EXAMPLES, {})
+    assert (plain.training_file, plain.validation_file, plain.metadata) == (None, None, {})
+    with pytest.raises(InvalidRequest, match="metadata must be at most 16"):
+        jobs.submit("acme", "support", EXAMPLES, {}, about={"metadata": dict.fromkeys(map(str, range(17)), "")})
+
+
+def test_jobs_that_are_wanted_are_found_behind_those_that_are_not(jobs):
+    made = [jobs.submit("acme", "ab"[number % 2], EXAMPLES, {}).id for number in range(9)][::-1]
+    wanted = made[1::2]
+    for limit in (1, 2, 4, 9):
+        found, after = [], None
+        while page := jobs.jobs("acme", after, limit, lambda job: job.name == "b"):
+            assert len(page) <= limit
+            found += [job.id for job in page]
+            after = found[-1]
+        assert found == wanted
+    assert jobs.jobs("acme", None, 9, lambda job: False) == []
+
+
+def test_events_come_oldest_first_or_newest_first(jobs):
+    jobs.submit("acme", "support", EXAMPLES, {})
+    job = jobs.claim("w", 60.0)
+    for number in range(5):
+        jobs.add_event(job, "message", {"message": str(number)})
+
+    def page(after, limit, **order):
+        return [event.sequence for event in jobs.events("acme", job.id, after, limit, **order)]
+
+    assert (page(0, 2), page(2, 9), page(5, 9)) == ([1, 2], [3, 4, 5], [])
+    assert page(0, 2, newest_first=True) == [5, 4]
+    assert page(4, 9, newest_first=True) == [3, 2, 1]
+    assert page(1, 9, newest_first=True) == []
+    assert jobs.events("other", job.id, 0, 9, newest_first=True) == []
+
+
 def test_a_method_may_be_any_that_the_caller_allows(jobs):
     assert jobs.submit("acme", "support", EXAMPLES, {"method": "prompt"}).spec.method == "prompt"
     with pytest.raises(

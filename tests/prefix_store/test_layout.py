@@ -13,7 +13,8 @@ def test_every_kind_of_record_that_is_laid_out_is_migrated():
 def test_every_key_is_in_its_folder():
     arguments = {
         "tenant": "acme", "name": "support", "number": 3, "at": 1.5, "reader": "other", "digest": "a" * 64,
-        "job_id": "ftjob-1", "hold_id": "x", "folder": "queued", "key_id": "abcdefgh", "request": "r", "entry_id": "e",
+        "file_id": "file-1", "job_id": "ftjob-1", "hold_id": "x", "folder": "queued", "key_id": "abcdefgh",
+        "request": "r", "entry_id": "e",
     }  # fmt: skip
     makers = [
         maker

@@ -7,7 +7,7 @@ from prefix_store.migration import FOLDERS, fingerprint, migrate
 from prefix_store.prefix import PrefixRef
 from prefix_store.store import Store
 from tests.prefix_store import invariants
-from tests.prefix_store.samples import damage, enqueue, manifest, publish, tensors
+from tests.prefix_store.samples import damage, enqueue, manifest, publish, tensors, upload
 
 
 def fill(store):
@@ -20,6 +20,7 @@ def fill(store):
     store.prefixes.set_alias("acme", "support", "live", 2)
     store.prefixes.share("acme", "support", ["other"])
     store.prefixes.delete(store.prefixes.save("acme", "gone", manifest(), tensors(manifest(), 9)).ref)
+    upload(store, b'{"text": "a"}\n')
     for _ in range(3):
         store.jobs.submit("acme", "support", [{"prompt": "a", "completion": "b"}], {"init_text": "\ud800"})
     job = store.jobs.claim("w", 60.0)
@@ -49,7 +50,7 @@ def test_there_and_back_everything_is_as_it_was(source, target, tmp_path, clock)
     assert invariants.records(back.backend) == invariants.records(source.backend)
     assert fingerprint(source) == fingerprint(target) == fingerprint(back)
     assert set(back.blobs.digests()) == set(source.blobs.digests())
-    assert said[:2] == ["blobs: 6 of 6", f"records: {count}"]
+    assert said[:2] == ["blobs: 7 of 7", f"records: {count}"]
     for store in (target, back):
         assert store.keys.authenticate(presented)
         invariants.check(store.backend)

@@ -19,7 +19,7 @@ from prefix_store.store import Store
 from prefix_store.tenants import Quotas
 from tests.prefix_store import invariants
 from tests.prefix_store.conftest import SERVERS
-from tests.prefix_store.samples import manifest, publish, tensors
+from tests.prefix_store.samples import manifest, publish, tensors, upload
 
 MARKER = "m4rk3r"
 
@@ -48,9 +48,10 @@ def plant(store, tenant):
     store.prefixes.delete(gone.ref)
     store.prefixes.save(tenant, f"{MARKER}-c", template, tensors(template, 4))
     store.prefixes.delete(PrefixRef(tenant, f"{MARKER}-c"))
+    upload(store, f'{{"text": "{MARKER}"}}\n'.encode(), tenant, f"{MARKER}.jsonl")
     examples = [{"prompt": MARKER, "completion": MARKER}]
     for options in ({}, {"init_text": MARKER}):
-        store.jobs.submit(tenant, f"{MARKER}-a", examples, options)
+        store.jobs.submit(tenant, f"{MARKER}-a", examples, options, about={"metadata": {MARKER: MARKER}})
     job = store.jobs.claim(MARKER, 60.0)
     store.jobs.add_event(job, "message", {"message": MARKER})
     store.jobs.heartbeat(job, 60.0, {MARKER: MARKER})

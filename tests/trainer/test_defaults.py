@@ -51,6 +51,15 @@ def test_the_pace_follows_how_many_examples_there_are(examples, length, batch_si
     assert (spec.batch_size, spec.steps) == (batch_size, steps)
 
 
+@pytest.mark.parametrize(
+    ("examples", "epochs", "steps"),
+    [(3, 1, 1), (40, 3, 15), (41, 1, 6), (4000, 8, 4000), (100_000, 10_000, 100_000)],
+)
+def test_epochs_are_passes_over_what_there_is(examples, epochs, steps):
+    spec = fill_pace(TrainingSpec("0" * 64, 1, epochs=epochs, unset=CHOSEN_BY_DATA), [20] * examples)
+    assert (spec.steps, spec.epochs) == (steps, epochs)
+
+
 def test_what_was_chosen_stays_and_what_follows_from_it_follows():
     spec = fill_room(TrainingSpec("0" * 64, 1, virtual_tokens=60, unset=("max_length", "steps")), [50], 100)
     assert (spec.virtual_tokens, spec.max_length, spec.unset) == (60, 40, ("steps",))

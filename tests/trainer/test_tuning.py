@@ -174,6 +174,18 @@ def test_what_is_due_is_spread_over_the_run(steps, times, due):
     assert [step for step in range(1, steps + 1) if is_due(step, steps, times)] == due
 
 
+def test_tokens_that_were_shown_are_counted_across_a_cut():
+    first = make(batch_size=4)
+    shown = 0
+    for _ in range(5):
+        shown += sum(len(example.ids) for example in first.group().examples)
+        step(FROZEN, [first])
+        again = make(batch_size=4)
+        again.load(first.to_bytes(MODEL), MODEL)
+        first = again
+    assert first.tokens == shown > 0
+
+
 def test_every_example_is_seen_once_an_epoch_across_a_cut():
     first = make(batch_size=4)
     seen = []

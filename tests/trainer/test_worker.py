@@ -146,8 +146,12 @@ def test_a_job_tells_how_it_goes(store):
     metrics = [event.data for event in events if event.kind == "metrics"]
     assert [data["step"] for data in metrics] == list(range(1, 11))
     keys = {"step", "total_steps", "train_loss", "valid_loss", "learning_rate", "tokens_per_second", "seconds_left"}
-    assert set(metrics[0]) == keys
+    assert set(metrics[0]) == keys | {"trained_tokens"}
     assert metrics[-1]["valid_loss"] is not None
+    shown = [data["trained_tokens"] for data in metrics]
+    assert shown == sorted(set(shown))
+    (kept,) = (event.data["kept"] for event in events if "kept" in event.data)
+    assert kept["valid_loss"] == min(data["valid_loss"] for data in metrics if data["step"] == kept["step"])
     assert now(store, job).progress == metrics[-1]
 
 

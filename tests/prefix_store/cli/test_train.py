@@ -127,7 +127,7 @@ def test_the_first_bad_lines_are_named_and_no_more_than_five(antefix: Antefix, t
 
 def test_help_tells_every_default(antefix: Antefix) -> None:
     shown = " ".join(antefix("train", "--help").stdout.replace("│", "").split())
-    assert (shown.count("Default:"), shown.count("Default: chosen by the data.")) == (17, 4)
+    assert (shown.count("Default:"), shown.count("Default: chosen by the data.")) == (18, 4)
 
 
 def test_blank_lines_are_passed_over_and_no_line_is_an_error(data: Path, tmp_path: Path) -> None:
@@ -187,7 +187,15 @@ def test_every_option_of_a_job_can_be_given(
     monkeypatch.setattr(Client, "post", lambda client, path, json: sent.append(json) or {"job": {"id": "ftjob-x"}})
     (tmp_path / "context").write_text("\ufeffA long text.", encoding="utf-8")
     options: dict[str, Any] = {
-        **{"method": "prefix_mlp", "virtual_tokens": 4, "steps": 5, "learning_rate": 0.2, "batch_size": 3, "seed": 7},
+        **{
+            "method": "prefix_mlp",
+            "virtual_tokens": 4,
+            "steps": 5,
+            "epochs": 2,
+            "learning_rate": 0.2,
+            "batch_size": 3,
+            "seed": 7,
+        },
         **{"schedule": "cosine", "warmup": 0.1, "weight_decay": 0.5, "max_length": 64, "template": "{prompt}:"},
         **{"init": "random_tokens", "init_text": "a", "init_from": "b@1", "frozen_tokens": 2, "bottleneck": 8},
         **{"feature_map": "gelu", "patience": 3},

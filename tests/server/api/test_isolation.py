@@ -38,6 +38,7 @@ NAMES = [
     ("acme/shared", "acme/absent"),
 ]
 JOBS = [("{job}", "ftjob-" + "0" * 24)]
+FILES = [("{file}", "file-" + "0" * 27)]
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ def prefix(path: str, **more: Any) -> Way:
 
 def job(path: str, **more: Any) -> Way:
     return Way(JOBS, path, more)
+
+
+def file(path: str, **more: Any) -> Way:
+    return Way(FILES, path, more)
 
 
 NOTHING: list[Way] = []  # takes no id
@@ -108,6 +113,22 @@ WAYS: dict[tuple[str, str], list[Way]] = {
     ("POST", "/v1/jobs/{job_id}/cancel"): [job("/v1/jobs/<id>/cancel")],
     ("POST", "/v1/jobs/{job_id}/pause"): [job("/v1/jobs/<id>/pause")],
     ("POST", "/v1/jobs/{job_id}/resume"): [job("/v1/jobs/<id>/resume")],
+    ("POST", "/v1/files"): NOTHING,
+    ("GET", "/v1/files"): [file("/v1/files?after=<id>")],
+    ("GET", "/v1/files/{file_id}"): [file("/v1/files/<id>")],
+    ("DELETE", "/v1/files/{file_id}"): [file("/v1/files/<id>")],
+    ("GET", "/v1/files/{file_id}/content"): [file("/v1/files/<id>/content")],
+    ("POST", "/v1/fine_tuning/jobs"): [
+        file("/v1/fine_tuning/jobs", json={"model": "tiny-llama", "training_file": "<id>"}),
+        file("/v1/fine_tuning/jobs", json={"model": "tiny-llama", "training_file": "<id>", "validation_file": "<id>"}),
+    ],
+    ("GET", "/v1/fine_tuning/jobs"): [job("/v1/fine_tuning/jobs?after=<id>")],
+    ("GET", "/v1/fine_tuning/jobs/{job_id}"): [job("/v1/fine_tuning/jobs/<id>")],
+    ("GET", "/v1/fine_tuning/jobs/{job_id}/events"): [job("/v1/fine_tuning/jobs/<id>/events")],
+    ("GET", "/v1/fine_tuning/jobs/{job_id}/checkpoints"): [job("/v1/fine_tuning/jobs/<id>/checkpoints")],
+    ("POST", "/v1/fine_tuning/jobs/{job_id}/cancel"): [job("/v1/fine_tuning/jobs/<id>/cancel")],
+    ("POST", "/v1/fine_tuning/jobs/{job_id}/pause"): [job("/v1/fine_tuning/jobs/<id>/pause")],
+    ("POST", "/v1/fine_tuning/jobs/{job_id}/resume"): [job("/v1/fine_tuning/jobs/<id>/resume")],
 }
 
 
@@ -127,10 +148,16 @@ class Tenants:
         self.by("acme", "PUT", "/v1/prefixes/shared/sharing", json={"tenants": ["third"]})
         reply = self.by("acme", "POST", "/v1/prefixes/sums/train", json={"examples": EXAMPLES})
         self.job: str = reply.json()["job"]["id"]
+        form = {"data": {"purpose": "fine-tune"}, "files": {"file": ("f", b'{"text": "a"}')}}
+        self.upload: str = self.by("acme", "POST", "/v1/files", **form).json()["id"]
 
     def by(self, tenant: str, method: str, url: str, headers: dict[str, str] | None = None, **more: Any) -> Response:
         allowed = {"authorization": f"Bearer {self._keys[tenant]}", "x-request-id": "same", **(headers or {})}
         return self._client.request(method, url, headers=allowed, **more)
+
+    def real(self, name: str) -> str:
+        """A name of the table's with the ids that came to be."""
+        return name.replace("{job}", self.job).replace("{file}", self.upload)
 
     def owned(self) -> list[tuple[str, Any]]:
         """Every record of acme's, the audit log's too."""
@@ -159,7 +186,7 @@ def test_foreign_is_as_missing(tenants: Tenants, route: tuple[str, str]) -> None
     before = tenants.owned()
     for way in WAYS[route]:
         for real, missing in way.ids:
-            real = real.replace("{job}", tenants.job)
+            real = tenants.real(real)
             foreign, unknown = (tenants.by("other", **way.request(route[0], name)) for name in (real, missing))
             assert foreign.status_code == unknown.status_code
             assert foreign.status_code in (400, 404, 405) or foreign.json()["data"] == []
@@ -173,7 +200,7 @@ def test_the_table_s_requests_are_right(route: tuple[str, str], tmp_path: Path) 
     """To their owner nothing is missing: else a wrong path would pass for isolation."""
     fresh = Tenants(tmp_path, FROZEN)
     for way in WAYS[route]:
-        reply = fresh.by("acme", **way.request(route[0], way.ids[0][0].replace("{job}", fresh.job)))
+        reply = fresh.by("acme", **way.request(route[0], fresh.real(way.ids[0][0])))
         assert reply.status_code in (200, 409, 412), reply.text
     fresh.store.close()
 
