@@ -1,17 +1,19 @@
 """The comparison of Li & Liang (2021): every way to teach the bundled model a task, on E2E and WebNLG.
 
 Every arm has the same rows, steps and looks at the dev rows; the learning rate is the best of three by dev loss, then
-three seeds are scored on the same 200 inputs. Arm by arm it is kept, and goes on where it was cut off.
+three seeds are scored on the same 200 inputs. Arm by arm it is kept, and goes on where it was cut off. What an arm
+costs is measured at the very end, in short runs one after another, which should have the machine to themselves.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from tests.prove.paper.runs import RATES, VIRTUAL_TOKENS
 from tests.prove.paper.tasks import Task
 
 SECTION = "paper"
+COST_STEPS = 40
+COSTS = ("epoch_seconds", "peak_mb", "tokens_per_second")
 STEPS, FEW_STEPS, SEEDS, FEW_SEEDS = 1500, 400, (0, 1, 2), (0, 1)
 KEPT = Path("~/.cache/antefix/prove/paper").expanduser()
 TASKS = (Task("e2e"), Task("webnlg"))
@@ -62,27 +66,27 @@ def run() -> dict[str, Any]:
     plan = [(task, name, STEPS) for task in TASKS for name in arms()]
     plan += [(task, name, FEW_STEPS) for task in FEW for name in FEW_ARMS]
     plan += [(UNSEEN, name, STEPS) for name in UNSEEN_ARMS]
-    measured: dict[str, Any] = {}
+    every = (*WRITTEN, *arms())
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as bar:
-        shown = bar.add_task("paper", total=len(plan) + len(TASKS) * len(WRITTEN) + len(ABLATIONS))
-        for task in TASKS:
-            for name in WRITTEN:
-                bar.update(shown, description=f"{task.label}: {name}")
-                seeds = SEEDS if name.startswith("shots") else (0,)
-                measured.setdefault(task.label, {})[name] = mean([_run(task, name, 0.0, seed, 0) for seed in seeds])
+        shown = bar.add_task("paper", total=len(TASKS) * len(WRITTEN) + len(plan) + len(ABLATIONS) + len(every))
+
+        def each(names: Iterable[Any], what: Callable[[Any], str]) -> Iterator[Any]:
+            for name in names:
+                bar.update(shown, description=what(name))
+                yield name
                 bar.advance(shown)
-        for task, name, steps in plan:
-            bar.update(shown, description=f"{task.label}: {name}")
-            measured.setdefault(task.label, {})[name] = _arm(task, name, steps)
-            bar.advance(shown)
-        ablations = {}
-        for name, (arm, options) in ABLATIONS.items():
-            bar.update(shown, description=f"ablation: {name}")
-            rate = measured[TASKS[0].label][arm]["rate"]
-            ablations[name] = mean([_run(TASKS[0], arm, rate, seed, FEW_STEPS, options) for seed in FEW_SEEDS])
-            bar.advance(shown)
+
+        found: dict[str, Any] = {task.label: {} for task in (*TASKS, *FEW, UNSEEN)}
+        for task, name in each(itertools.product(TASKS, WRITTEN), lambda arm: f"{arm[0].label}: {arm[1]}"):
+            found[task.label][name] = _written(task, name)
+        for task, name, steps in each(plan, lambda arm: f"{arm[0].label}: {arm[1]}"):
+            found[task.label][name] = _arm(task, name, steps)
+        first = found[TASKS[0].label]
+        ablations = {name: _ablation(name, first) for name in each(ABLATIONS, "ablation: {}".format)}
+        for name in each(every, "cost: {}".format):
+            first[name] |= _cost(name)
     parameters = sum(p.numel() for p in load().model.parameters())
-    return {"parameters": parameters, "tasks": measured, "ablations": ablations}
+    return {"parameters": parameters, "tasks": found, "ablations": ablations}
 
 
 def missed(measured: dict[str, Any]) -> list[str]:
@@ -133,12 +137,28 @@ def plot(measured: dict[str, Any]) -> None:
 
 
 def mean(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What runs of several seeds have in common: means, and the standard error of BLEU."""
-    numbers = [name for name, value in runs[0].items() if isinstance(value, (int, float)) and name not in RUN]
+    """What runs of several seeds have in common, but for costs: means, and the standard error of BLEU."""
+    kinds = {name: type(value) for name, value in runs[0].items() if name not in (*RUN, *COSTS)}
+    numbers = [name for name, kind in kinds.items() if kind in (int, float)]
     found = {name: statistics.fmean(run[name] for run in runs) for name in numbers}
     spread = statistics.stdev(run["bleu"] for run in runs) if len(runs) > 1 else 0.0
     kept = {name: runs[0][name] for name in ("samples", "weight") if name in runs[0]}
     return {**found, "bleu_error": spread / len(runs) ** 0.5, "seeds": len(runs), **kept}
+
+
+def _written(task: Task, name: str) -> dict[str, Any]:
+    return mean([_run(task, name, 0.0, seed, 0) for seed in (SEEDS if name.startswith("shots") else SEEDS[:1])])
+
+
+def _ablation(name: str, main: dict[str, Any]) -> dict[str, Any]:
+    """At the learning rate that is best for the arm itself."""
+    arm, options = ABLATIONS[name]
+    return mean([_run(TASKS[0], arm, main[arm]["rate"], seed, FEW_STEPS, options=options) for seed in FEW_SEEDS])
+
+
+def _cost(name: str) -> dict[str, Any]:
+    found = _run(TASKS[0], name, arms().get(name, (0.0,))[0], 0, COST_STEPS, cost=True)
+    return {name: found[name] for name in COSTS if name in found}
 
 
 def _arm(task: Task, name: str, steps: int) -> dict[str, Any]:
@@ -147,12 +167,9 @@ def _arm(task: Task, name: str, steps: int) -> dict[str, Any]:
     return mean([tried[rate], *(_run(task, name, rate, seed, steps) for seed in SEEDS[1:])])
 
 
-def _run(
-    task: Task, arm: str, rate: float, seed: int, steps: int, options: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    what = {"task": vars(task), "arm": arm, "rate": rate, "seed": seed, "steps": steps}
-    if options is not None:
-        what["options"] = options
+def _run(task: Task, arm: str, rate: float, seed: int, steps: int, **more: Any) -> dict[str, Any]:
+    """One run, kept under what decides it; `more` is `options` of its training, or what tells two runs apart."""
+    what = {"task": vars(task), "arm": arm, "rate": rate, "seed": seed, "steps": steps, **more}
     name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     path = KEPT / load_digest() / f"{task.label}-{arm.replace(' ', '_')}-{name}.json"
     if not path.exists():
@@ -187,8 +204,8 @@ def _table(task: str, found: dict[str, Any], parameters: int) -> str:
             f"{100 * arm['trainable'] / parameters:.2f} %",
             f"{arm['bytes'] / 1000:,.1f}",
             f"{arm['epoch_seconds']:.0f}" if "epoch_seconds" in arm else "",
-            f"{arm['peak_mb']:.0f}",
-            f"{arm['tokens_per_second']:.0f}",
+            f"{arm['peak_mb']:.0f}" if "peak_mb" in arm else "",
+            f"{arm['tokens_per_second']:.0f}" if "tokens_per_second" in arm else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
