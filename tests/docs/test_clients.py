@@ -1,10 +1,9 @@
-"""The page's code and commands are taken from the page and run against a real server that has the page's prefixes."""
+"""The page's code for OpenAI's client and for curl, run as printed. `tests/clients` runs that of the other clients."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -20,12 +19,12 @@ from server.engine.engine import Engine
 from server.engine.loop import EngineLoop
 from server.engine.prefix_loader import PrefixLoader
 from server.scheduler.scheduler import Limits
+from tests.docs import page
 from tests.models import tiny_frozen
 from tests.server import artefacts
 from tests.server.over_http import serving
 
-PAGE = (Path(__file__).parents[2] / "docs" / "clients.md").read_text("utf-8")
-ADDRESS = "http://127.0.0.1:8000"
+CLIENTS = Path(__file__).parents[1] / "clients"
 CHAT = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 
 
@@ -45,11 +44,10 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def test_the_python_code(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("openai")
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert ADDRESS in code
+    code = page.block("clients.md", "Python", "python", url)
     names: dict[str, object] = {}
     try:
-        exec(compile(code.replace(ADDRESS, url), "clients.md", "exec"), names)
+        exec(compile(code, "clients.md", "exec"), names)
     finally:
         names["client"].close()
     printed = capsys.readouterr().out
@@ -60,16 +58,22 @@ def test_the_python_code(url: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_the_curl_commands(url: str) -> None:
-    (block,) = re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL)
+    block = page.block("clients.md", "curl", "console", url)
     printed = []
     for command in block.splitlines():
         assert command.startswith("$ curl ")
-        done = subprocess.run(
-            command[2:].replace(ADDRESS, url), shell=True, capture_output=True, text=True, check=True, timeout=60
-        )
+        done = subprocess.run(command[2:], shell=True, capture_output=True, text=True, check=True, timeout=60)
         printed.append(done.stdout)
     completion, chat, stream, model = printed
     assert json.loads(completion)["prefix"]["id"] == "plays"
     assert json.loads(chat)["choices"][0]["message"]["role"] == "assistant"
     assert stream.endswith("data: [DONE]\n\n")
     assert json.loads(model)["id"] == "plays@1"
+
+
+def test_no_example_is_left_out() -> None:
+    here = Path(__file__).read_text("utf-8")
+    tested = here + "".join(file.read_text("utf-8") for file in CLIENTS.glob("test_*.py"))
+    headings = page.code_headings("clients.md")
+    assert {"Python", "curl", "LiteLLM"} <= headings
+    assert not {heading for heading in headings if f'page.block("clients.md", "{heading}", ' not in tested}
