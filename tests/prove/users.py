@@ -132,4 +132,5 @@ def _score(bench: Bench, authors: list[str], prefixes: dict[tuple[str, int], Pre
 
 def _rows(author: str, name: str) -> list[dict[str, str]]:
     file = data_folder() / "authors" / author / f"{name}.jsonl"
-    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    return [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]  # they also name their book
