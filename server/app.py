@@ -36,6 +36,7 @@ from server.api.rates import Rates, counters
 from server.api.recent import Recent
 from server.api.services import Services
 from server.collector import COLLECT_SECONDS, PATIENCE_SECONDS, Collector
+from server.engine.grammars import Grammars
 from server.engine.loop import EngineLoop
 from server.engine.prefix_loader import PrefixLoader
 from server.metrics import Metrics
@@ -69,6 +70,7 @@ def create_app(
         collector.start()
         yield
         loop.stop()
+        grammars.close()
         collector.stop()
         store.close()
         collector.join(PATIENCE_SECONDS)
@@ -83,6 +85,7 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
     )
+    grammars = Grammars(frozen)
     metrics = Metrics(loop.stats, store.jobs.job_counts)
     recent = Recent(lambda what: metrics.from_memory.labels(what).inc())
     gate = Gate(store.keys, recent, is_loopback=is_loopback)
@@ -90,7 +93,19 @@ def create_app(
         lambda tenant: recent.ask("quotas", tenant, lambda: store.tenants.quotas(tenant)), counters(counters_url), clock
     )
     app.state.services = Services(
-        store, frozen, loop, loader, metrics, gate, rates, recent, require_prefix, methods, clock, chat_template
+        store,
+        frozen,
+        loop,
+        loader,
+        grammars,
+        metrics,
+        gate,
+        rates,
+        recent,
+        require_prefix,
+        methods,
+        clock,
+        chat_template,
     )
     errors.install(app)
     app.add_middleware(BodyLimit, upload_bytes=max_upload_mb * MB, metrics=metrics)

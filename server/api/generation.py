@@ -17,7 +17,7 @@ from fastapi import Request
 
 from prefix_store.errors import AntefixError, InvalidRequest
 from prefix_store.model.frozen import FrozenModel
-from server.api import errors, references, sse
+from server.api import errors, references, sse, structured
 from server.api.auth import Caller
 from server.api.calls import Call
 from server.api.prompts import Prompt
@@ -121,8 +121,9 @@ async def begin(
 ) -> Generation:
     """Queues every choice of every prompt, or none.
 
-    Raises RateLimited, and what the engine raises for a request that it cannot take.
+    Raises RateLimited, what `structured.load` raises, and what the engine raises for a request that it cannot take.
     """
+    grammar = await structured.load(fields.response_format, fields.structured_outputs, services, caller)
     name = f"{kind}-{uuid.uuid4().hex}"
     deadline = begun + fields.timeout_s if fields.timeout_s is not None else None
     rows = [
@@ -133,6 +134,7 @@ async def begin(
             params=_seeded(params, index),
             prefix=prefix.payload if prefix else None,
             deadline=deadline,
+            grammar=grammar,
         )
         for place, (prompt, params) in enumerate(asked)
         for index in range(fields.n)

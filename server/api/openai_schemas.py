@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from prefix_store.errors import InvalidRequest
+from server.api import structured
 from server.api.schemas import Integer, Integers, SamplingFields
 from server.scheduler.sampling_params import MAX_LOGPROBS
 
@@ -55,9 +56,10 @@ class AnswerBody(SamplingFields, LenientBody):
         if isinstance(data, dict) and data.get("prefix_id") is not None:
             # passed over like other unknown fields, it would be answered by the base model
             raise InvalidRequest("here the prefix is named by `model`, not by prefix_id", param="prefix_id")
-        if not isinstance(data, dict) or data.get("max_completion_tokens") is None:
+        if not isinstance(data, dict):
             return data
-        return {**data, "max_tokens": data["max_completion_tokens"]}
+        newer = data.get("max_completion_tokens")
+        return structured.by_newer_name(data if newer is None else {**data, "max_tokens": newer})
 
 
 class CompletionBody(AnswerBody):
@@ -118,7 +120,6 @@ class ChatBody(AnswerBody):
     HARMLESS: ClassVar[dict[str, tuple[Any, ...]]] = {
         "tools": ([],),
         "functions": ([],),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
     }
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from prefix_store.errors import InvalidRequest
 from prefix_store.jobs import Objective
 from server.api import errors
+from server.api.structured import ResponseFormat, StructuredOutputs
 from server.scheduler.sampling_params import MAX_BIASES
 
 # one bound for all integers, so that none can be too large to be turned into a float and compared
@@ -80,6 +81,8 @@ class SamplingFields(BaseModel):
     min_tokens: Integer = 0
     n: int = Field(default=1, ge=1, le=64)
     ignore_eos: bool = False
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     stream: bool = False
     user: str | None = Field(default=None, max_length=256)
     timeout_s: float | None = Field(default=None, gt=0, le=86_400)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from server.api.auth import Gate
     from server.api.rates import Rates
     from server.api.recent import Recent
+    from server.engine.grammars import Grammars
     from server.engine.loop import EngineLoop
     from server.engine.prefix_loader import PrefixLoader
     from server.metrics import Metrics
@@ -33,6 +35,7 @@ class Services:
     frozen: FrozenModel
     loop: EngineLoop
     loader: PrefixLoader
+    grammars: Grammars
     metrics: Metrics
     gate: Gate
     rates: Rates
@@ -47,6 +50,10 @@ class Services:
 
     # one at a time: it reads the whole vocabulary, and runs beside the engine
     inspecting: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
+
+    # one grammar at a time, and of each tenant one that waits for its turn
+    compiling: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
+    compiling_of: MutableMapping[str, anyio.Lock] = field(default_factory=weakref.WeakValueDictionary)
 
     @property
     def has_sliding_window(self) -> bool:

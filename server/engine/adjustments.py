@@ -1,4 +1,4 @@
-"""What changes a row's logits before a token is chosen: its bias, its penalties, and what it may not say yet.
+"""What changes a row's logits before a token is chosen: its bias, its penalties, its grammar, what it may not say yet.
 
 In the order of transformers and vLLM. Only the logits that change are touched, those of all rows at once and each by
 itself, so a row's are the same in any batch, and a row without such options costs nothing.
@@ -13,6 +13,7 @@ from itertools import chain
 import numpy as np
 import torch
 
+from server.engine.constraints import constrain
 from server.scheduler.sequence import Sequence
 
 Cells = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -23,6 +24,7 @@ def adjust(logits: torch.Tensor, sequences: Rows[Sequence]) -> None:
     _add_bias(logits, sequences)
     _penalise(logits, sequences)
     _forbid(logits, sequences)
+    constrain(logits, sequences)
 
 
 def _add_bias(logits: torch.Tensor, sequences: Rows[Sequence]) -> None:
@@ -49,7 +51,8 @@ def _penalise(logits: torch.Tensor, sequences: Rows[Sequence]) -> None:
 
 
 def _forbid(logits: torch.Tensor, sequences: Rows[Sequence]) -> None:
-    forbidden = [dict.fromkeys(sequence.forbidden, 0) for sequence in sequences]
+    # a grammar's rows are `constrain`'s, for it knows where nothing else could come
+    forbidden = [dict.fromkeys(s.forbidden if s.request.grammar is None else (), 0) for s in sequences]
     if any(forbidden):
         rows, tokens, _ = _cells(forbidden, logits)
         logits[rows, tokens] = -torch.inf

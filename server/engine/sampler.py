@@ -10,6 +10,7 @@ import torch
 from server.engine import filters
 from server.engine.adjustments import adjust
 from server.engine.batch import Selection
+from server.engine.constraints import read_on
 from server.scheduler.messages import TokenLogprob
 from server.scheduler.plan import RowResult
 from server.scheduler.sampling_params import MAX_LOGPROBS, SamplingParams
@@ -19,15 +20,20 @@ NUMERICS = "the prefix or the prompt makes this model's logits overflow (prefix_
 
 
 def sample(logits: torch.Tensor, selections: Rows[Selection]) -> list[RowResult]:
-    """One result for each selection, in order. `logits` `[N, V]`. A row with non-finite logits fails alone."""
+    """One result for each selection, in order. `logits` `[N, V]`.
+
+    A row with non-finite logits, or with a grammar that cannot be followed any further, fails alone.
+    """
     logits = logits.float()
     likeliest = _likeliest(logits)
     # NaN wins a maximum, so this looks at every logit
     finite = logits.gather(-1, likeliest[:, None]).isfinite().flatten().tolist()
     sound = [s for s in selections if all(finite[s.first : s.first + s.count])]
+    failed = read_on([s.row.sequence for s in sound if s.row.samples])
+    sound = [s for s in sound if s.row.sequence not in failed]
     tokens = _choose(logits, likeliest.tolist(), [s for s in sound if s.row.samples])
     results = dict(zip(sound, _results(logits, sound, tokens), strict=True))
-    return [results.get(selection, RowResult(error=NUMERICS)) for selection in selections]
+    return [results.get(s) or RowResult(error=failed.get(s.row.sequence, NUMERICS)) for s in selections]
 
 
 def _likeliest(logits: torch.Tensor) -> torch.Tensor:

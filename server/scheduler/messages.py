@@ -46,7 +46,10 @@ class PrefixPayload:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One row's worth of work: `n` choices of a call are `n` requests. `prefix` None is the bare frozen model."""
+    """One row's worth of work: `n` choices of a call are `n` requests. `prefix` None is the bare frozen model.
+
+    `grammar`, opaque here, is what the answer must match; None is any text.
+    """
 
     id: str
     tenant: str
@@ -54,6 +57,7 @@ class GenerationRequest:
     params: SamplingParams
     prefix: PrefixPayload | None = None
     deadline: float | None = None
+    grammar: Any = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

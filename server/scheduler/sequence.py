@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from server.scheduler.messages import GenerationRequest, TokenLogprob
 from server.scheduler.residency import Resident
@@ -17,7 +18,7 @@ class Sequence:
     """A request in flight. `computed` of `tokens` have their keys and values in `extent`.
 
     Invariant while running: `computed < len(tokens)` between steps, because the last sampled token has not been
-    through the model yet.
+    through the model yet. `matcher`, opaque here, is how far the answer has come in the request's grammar.
     """
 
     request: GenerationRequest
@@ -29,13 +30,15 @@ class Sequence:
     resident: Resident | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs_sent: bool = False
+    matcher: Any = None
     _occurrences: dict[int, int] = field(default_factory=dict, init=False, repr=False)
     _counted: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)
         params = self.request.params
-        self.end_ids = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | self.eos_ids
+        goes_on = params.ignore_eos and self.request.grammar is None  # where a grammar ends, nothing can come behind it
+        self.end_ids = params.stop_token_ids if goes_on else params.stop_token_ids | self.eos_ids
 
     @property
     def prompt_length(self) -> int:
@@ -59,15 +62,21 @@ class Sequence:
 
     @property
     def forbidden(self) -> frozenset[int]:
-        """Token ids that may not come next: those that would end the answer before `min_tokens`."""
+        """Token ids that may not come next: those that would end the answer before `min_tokens`.
+
+        Under a grammar and `ignore_eos` also the model's own at any time. Both hold only while the grammar goes on.
+        """
         params = self.request.params
-        return self.end_ids if self.generated < params.min_tokens else frozenset()
+        if self.generated < params.min_tokens:
+            return self.end_ids
+        ignored = params.ignore_eos and self.request.grammar is not None
+        return self.eos_ids - params.stop_token_ids if ignored else frozenset()
 
     @property
     def is_adjusted(self) -> bool:
         """Whether the next token is chosen by other logits than the model's own."""
         params = self.request.params
-        return bool(params.penalises or params.logit_bias or self.forbidden)
+        return bool(params.penalises or params.logit_bias or self.forbidden or self.request.grammar is not None)
 
     def occurrences(self) -> Mapping[int, int]:
         """How often each token stands in the answer; one of the prompt alone is there, as 0, if it is penalised too.
