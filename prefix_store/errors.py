@@ -9,6 +9,7 @@ AntefixError
 │   ├── ChatTemplateMissing      messages, for a model that has no form for them
 │   └── InvalidTrainingData      examples that cannot be trained on
 ├── PayloadTooLarge              over a size cap
+├── RequestTimeout               a body that stopped on its way
 ├── NotFound                     unknown, or another tenant's: never told apart
 │   ├── PrefixNotFound
 │   ├── ModelNotFound            a name that is neither the base model's nor a prefix's
@@ -91,6 +92,12 @@ class PayloadTooLarge(AntefixError):
     """Over a size cap."""
 
     code = "payload_too_large"
+
+
+class RequestTimeout(AntefixError):
+    """A body that stopped on its way."""
+
+    code = "request_timeout"
 
 
 class NotFound(AntefixError):

@@ -21,8 +21,10 @@ from server.api import (
     inspect,
     model,
     models,
+    openapi,
     ops,
     prefixes,
+    residency,
     tokens,
     training,
     uploads,
@@ -111,8 +113,8 @@ def create_app(
     app.add_middleware(BodyLimit, upload_bytes=max_upload_mb * MB, metrics=metrics)
     app.add_middleware(Exchange, metrics=metrics)
     parts = (
-        *(ops, model, generate, completions, chat, models, tokens, training, files, fine_tuning),
-        *(uploads, versions, inspect, verify),
+        *(ops, openapi, model, generate, completions, chat, models, tokens, training, files, fine_tuning),
+        *(uploads, versions, inspect, verify, residency),
     )
     # `prefixes` last: a reference may hold a slash, so its route for one prefix takes any path below it
     for part in (*parts, prefixes):

@@ -23,6 +23,7 @@ GAUGES = {
     "kv_slots": ("kv_slots", "Tokens that the KV pool holds"),
     "kv_slots_used": ("kv_slots_used", "Tokens in the KV pool now"),
     "prefixes_resident": ("prefixes_resident", "Prefixes in the KV pool"),
+    "prefixes_preloaded": ("prefixes_preloaded", "Prefixes that stay in the KV pool until they are released"),
     "distinct_prefixes": ("distinct_prefixes", "Different prefixes in the last step's batch"),
 }
 COUNTERS = {

@@ -24,6 +24,7 @@ from prefix_store.store import Store
 from prefix_store.tenants import DEFAULT_TENANT
 from prefix_store.tensors import check_fits
 from server import welcome
+from server.api.wire import Protocol
 from server.app import create_app
 from server.engine.engine import Engine, choose_slots
 from server.engine.loop import EngineLoop
@@ -87,7 +88,8 @@ def _serve(chosen: Settings) -> None:
 
 def listen(host: str, port: int) -> socket.socket:
     """Takes the port, before the slow part of a start. Raises SystemExit if it cannot be had."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    # by its protocol's number: asyncio sends small pieces at once, as a stream's tokens, on such sockets alone
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, proto=socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
@@ -187,6 +189,7 @@ def _host_memory() -> int:
 def _run(app: FastAPI, listener: socket.socket, loop: EngineLoop, on_ready: Callable[[], None]) -> None:
     config = uvicorn.Config(
         app,
+        http=Protocol,
         log_config=None,
         access_log=False,
         server_header=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
 
@@ -33,6 +34,7 @@ SCOPES = {
     ("POST", "/tokenize"): "generate",
     ("POST", "/detokenize"): "generate",
     ("GET", "/tokenizer_info"): "generate",
+    ("GET", "/openapi.json"): "generate",
     ("GET", "/v1/model"): "prefix:read",
     ("POST", "/v1/prefixes"): "prefix:write",
     ("GET", "/v1/prefixes"): "prefix:read",
@@ -42,6 +44,9 @@ SCOPES = {
     ("PATCH", "/v1/prefixes/{ref:path}"): "prefix:write",
     ("GET", "/v1/prefixes/{ref:path}/inspect"): "prefix:read",
     ("POST", "/v1/prefixes/{ref:path}/verify"): "generate",
+    # room on the device is taken from every tenant, which no right over prefixes of one's own includes
+    ("POST", "/v1/prefixes/{ref:path}/preload"): "admin",
+    ("POST", "/v1/prefixes/{ref:path}/release"): "admin",
     ("DELETE", "/v1/prefixes/{ref:path}"): "prefix:write",
     ("GET", "/v1/prefixes/{ref:path}/versions"): "prefix:read",
     ("POST", "/v1/prefixes/{name}/rollback"): "prefix:write",
@@ -130,12 +135,19 @@ def _refuse_web_pages(request: Request) -> None:
 
     A foreign name in Host is a page that has pointed its own name at this machine (DNS rebinding).
     """
-    host = request.url.hostname or ""
-    origin = request.headers.get("origin")
-    foreign_page = origin is not None and urlsplit(origin).netloc != request.headers.get("host")
+    host, origin = request.headers.get("host", ""), request.headers.get("origin")
+    foreign_page = origin is not None and origin.partition("://")[2] != host
     crossing = request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
-    if foreign_page or crossing or not is_loopback(host):
+    if foreign_page or crossing or not is_loopback(_name(host)):
         raise Forbidden("this server has no API keys, so it does not answer web pages from elsewhere")
+
+
+def _name(host: str) -> str:
+    """The name or address in a Host header; nothing for what is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def presented_key(request: Request) -> str | None:
@@ -152,6 +164,7 @@ async def authorise(request: Request, services: Serving) -> Caller | None:
     scope = SCOPES.get((request.method, path), "admin")
     caller = await to_thread.run_sync(services.gate.admit, request, scope)
     structlog.contextvars.bind_contextvars(tenant=caller.tenant, key=caller.key_id)
+    request.state.rate_headers = partial(services.rates.headers, caller.tenant)  # for `Exchange`, once it answers
     await services.rates.count_request(caller.tenant)
     return caller
 

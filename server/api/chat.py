@@ -5,17 +5,18 @@ The messages are written by the chat template. A prefix's own template is for pl
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from server.api import generation, logprobs, model_names, prompts, schemas
+from server.api import generation, logprobs, model_names, prompts, rendering, schemas
 from server.api.auth import Caller, Calling
 from server.api.calls import Choice, Delta
 from server.api.generation import Generation
 from server.api.openai_schemas import ChatBody
-from server.api.replies import Choices, Reply
+from server.api.replies import Choices, Reply, ending
 from server.api.services import Services, Serving
 
 router = APIRouter(prefix="/v1/chat/completions")
@@ -31,7 +32,10 @@ async def answer(request: Request, services: Serving, caller: Calling) -> Respon
         return generation.stream(started, Reply.to(body, started, "chat.completion.chunk").chunks(_pieces(started)))
     await generation.finish(started, request)
     reply = Reply.to(body, started, "chat.completion")
-    return JSONResponse(reply.whole([_choice(started, choice, body) for choice in started.call.choices]))
+    choices = (_choice(started, choice, body) for choice in started.call.choices)
+    if not body.logprobs:
+        return JSONResponse(reply.whole(list(choices)))
+    return await rendering.response({**reply.head, "usage": reply.usage()}, choices, services)
 
 
 async def _begin(body: ChatBody, services: Services, caller: Caller, begun: float) -> Generation:
@@ -49,7 +53,7 @@ def _choice(started: Generation, choice: Choice, body: ChatBody) -> dict[str, An
         "index": choice.index,
         "message": {"role": "assistant", "content": choice.text, "refusal": None},
         "logprobs": logprobs.of_chat(choice.logprobs, started.services.frozen.tokenizer) if body.logprobs else None,
-        "finish_reason": choice.finish_reason,
+        **ending(choice.finish_reason),
     }
 
 
@@ -61,7 +65,7 @@ async def _pieces(started: Generation) -> Choices:
             silent.remove(delta.index)
             yield _piece(delta.index, {"role": "assistant", "content": "", "refusal": None})
         if delta.text or delta.logprobs or delta.finish_reason:
-            yield _of_delta(started, delta)
+            yield await rendering.of_tokens(len(delta.logprobs), partial(_of_delta, started, delta), started.services)
 
 
 def _of_delta(started: Generation, delta: Delta) -> dict[str, Any]:
@@ -73,4 +77,4 @@ def _of_delta(started: Generation, delta: Delta) -> dict[str, Any]:
 def _piece(
     index: int, delta: dict[str, Any], scores: dict[str, Any] | None = None, finish_reason: str | None = None
 ) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": scores, "finish_reason": finish_reason}
+    return {"index": index, "delta": delta, "logprobs": scores, **ending(finish_reason)}

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from anyio import to_thread
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from prefix_store.errors import InvalidRequest
-from server.api import generation, logprobs, model_names, prompts, schemas
+from server.api import generation, logprobs, model_names, prompts, rendering, schemas
 from server.api.auth import Caller, Calling
 from server.api.calls import Choice
 from server.api.generation import Generation
 from server.api.logprobs import Offsets
 from server.api.openai_schemas import CompletionBody
-from server.api.replies import Choices, Reply
+from server.api.replies import Choices, Reply, ending
 from server.api.services import Services, Serving
 from server.scheduler.messages import TokenLogprob
 
@@ -37,10 +37,9 @@ async def complete(request: Request, services: Serving, caller: Calling) -> Resp
         return generation.stream(started, reply.chunks(_pieces(started, body)))
     await generation.finish(started, request)
     if body.logprobs is None:
-        return JSONResponse(reply.whole(_choices(started, body)))
-    # the texts of a whole batch's tokens, and of the likeliest beside them, take a while
-    choices = await to_thread.run_sync(_choices, started, body, limiter=services.tokenizing)
-    return JSONResponse(reply.whole(choices))
+        return JSONResponse(reply.whole([_choice(started, body, choice) for choice in started.call.choices]))
+    choices = (_choice(started, body, choice) for choice in started.call.choices)
+    return await rendering.response({**reply.head, "usage": reply.usage()}, choices, services)
 
 
 async def _begin(body: CompletionBody, services: Services, caller: Caller, begun: float) -> Generation:
@@ -65,10 +64,6 @@ async def _begin(body: CompletionBody, services: Services, caller: Caller, begun
     return await generation.begin("cmpl", list(zip(found, params, strict=True)), body, prefix, services, caller, begun)
 
 
-def _choices(started: Generation, body: CompletionBody) -> list[dict[str, Any]]:
-    return [_choice(started, body, choice) for choice in started.call.choices]
-
-
 def _choice(started: Generation, body: CompletionBody, choice: Choice) -> dict[str, Any]:
     echo = started.prompt_of(choice.index).text if body.echo else ""
     scores = None
@@ -87,7 +82,8 @@ async def _pieces(started: Generation, body: CompletionBody) -> Choices:
         ended = _end(choices[delta.index], body) if delta.finish_reason else ()
         scores = [*delta.logprobs, *ended]
         if delta.text or scores or delta.finish_reason:
-            found = _scores(scores, started, offsets[delta.index]) if scores else None
+            scored = partial(_scores, scores, started, offsets[delta.index])
+            found = await rendering.of_tokens(len(scores), scored, started.services) if scores else None
             yield _shown(delta.index, delta.text, delta.finish_reason, found)
 
 
@@ -111,4 +107,4 @@ def _scores(entries: Sequence[TokenLogprob], started: Generation, offsets: Offse
 
 
 def _shown(index: int, text: str, finish_reason: str | None, scores: dict[str, Any] | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": scores, "finish_reason": finish_reason}
+    return {"index": index, "text": text, "logprobs": scores, **ending(finish_reason)}

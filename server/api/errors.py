@@ -22,6 +22,7 @@ TABLE: dict[type[AntefixError], tuple[int, str]] = {
     errors.InvalidRequest: (400, INVALID),
     errors.PayloadTooLarge: (413, INVALID),
     errors.NotFound: (404, INVALID),
+    errors.RequestTimeout: (408, INVALID),
     errors.Unauthorized: (401, AUTHENTICATION),
     errors.Forbidden: (403, PERMISSION),
     errors.QuotaExceeded: (403, PERMISSION),
@@ -36,6 +37,7 @@ TABLE: dict[type[AntefixError], tuple[int, str]] = {
 }
 HEADERS = {
     401: {"www-authenticate": "Bearer"},
+    408: {"connection": "close"},  # what still comes of the body is no next request
     409: {"x-should-retry": "false"},  # clients repeat a 409 otherwise, and this one stays
     503: {"retry-after": "1"},
 }

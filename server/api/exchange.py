@@ -43,7 +43,7 @@ class Exchange:
         request_id = _request_id(scope)
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id)
-        await self._serve(scope, receive, _Reply(send, request_id))
+        await self._serve(scope, receive, _Reply(send, request_id, scope))
 
     async def _serve(self, scope: Scope, receive: Receive, reply: _Reply) -> None:
         begun = time.monotonic()
@@ -69,17 +69,21 @@ class Exchange:
 
 
 class _Reply:
-    """The sending side: adds the id, remembers the status (0 until it is known)."""
+    """The sending side: adds the id and what is left of the rates, remembers the status (0 until it is known)."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, request_id: str, scope: Scope) -> None:
         self._send = send
         self._id = request_id
+        self._scope = scope
         self.status = 0
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            MutableHeaders(scope=message)[ID_HEADER] = self._id
+            headers = MutableHeaders(scope=message)
+            headers[ID_HEADER] = self._id
+            left = self._scope.get("state", {}).get("rate_headers")  # known once it is known who asks
+            headers.update(await left() if left is not None else {})
         await self._send(message)
 
 

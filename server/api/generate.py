@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from prefix_store.errors import InvalidRequest
-from server.api import generation, logprobs, prompts, schemas
+from server.api import generation, logprobs, prompts, rendering, schemas
 from server.api.auth import Caller, Calling
 from server.api.calls import Choice, Delta
 from server.api.generation import Generation
@@ -32,7 +33,8 @@ async def generate(request: Request, services: Serving, caller: Calling) -> Resp
     if body.stream:
         return generation.stream(started, _pieces(started, body))
     await generation.finish(started, request)
-    return JSONResponse(_reply(started, body))
+    tokens = sum(len(choice.logprobs) for choice in started.call.choices)
+    return await rendering.of_tokens(tokens, partial(_reply, started, body), services)
 
 
 async def _begin(body: GenerateBody, services: Services, caller: Caller, begun: float) -> Generation:
@@ -71,7 +73,7 @@ async def _pieces(started: Generation, body: GenerateBody) -> AsyncGenerator[dic
             yield _piece(started, Delta(choice.index, started.prompt_of(choice.index).text))
     async for delta in started.call.deltas():
         if delta.text or delta.logprobs or delta.finish_reason:
-            yield _piece(started, delta)
+            yield await rendering.of_tokens(len(delta.logprobs), partial(_piece, started, delta), started.services)
 
 
 def _piece(started: Generation, delta: Delta) -> dict[str, Any]:
@@ -81,11 +83,14 @@ def _piece(started: Generation, delta: Delta) -> dict[str, Any]:
     return piece | _closing(started) if started.call.has_ended else piece
 
 
-def _reply(started: Generation, body: GenerateBody) -> dict[str, Any]:
-    choices = [_choice(started, body, choice) for choice in started.call.choices]
-    first = {key: value for key, value in choices[0].items() if key != "index"}
-    several = {"choices": choices} if len(choices) > 1 else {}
-    return {"id": started.id, **first, **several, **_closing(started)}
+def _reply(started: Generation, body: GenerateBody) -> Response:
+    choices = started.call.choices
+    first = {key: value for key, value in _choice(started, body, choices[0]).items() if key != "index"}
+    reply = {"id": started.id, **first, **_closing(started)}
+    if len(choices) == 1:
+        return JSONResponse(reply)
+    several = rendering.written(reply, (_choice(started, body, choice) for choice in choices))
+    return Response(several, media_type="application/json")
 
 
 def _choice(started: Generation, body: GenerateBody, choice: Choice) -> dict[str, Any]:

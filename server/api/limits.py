@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from prefix_store.errors import PayloadTooLarge
+from prefix_store.errors import PayloadTooLarge, RequestTimeout
 from server.api import errors
 from server.metrics import Metrics
 
@@ -16,6 +17,8 @@ JSON_BYTES = 4 * MB
 TRAINING_BYTES = 64 * MB
 # the form around an upload's file: boundaries, the id, a PEFT config, metadata
 FORM_BYTES = 256 * 1024
+# How long a body may pause on its way.
+SILENCE_SECONDS = 60.0
 UPLOAD_ROUTE = re.compile(r"/v1/prefixes/?")
 CONTENT_ROUTE = re.compile(r"/v1/prefixes/[^/]+/content")
 FILES_ROUTE = re.compile(r"/v1/files/?")
@@ -54,17 +57,26 @@ class BodyLimit:
 
 
 def _counting(receive: Receive, cap: int) -> Receive:
-    received = 0
+    received, is_whole = 0, False
 
     async def counted() -> Message:
-        nonlocal received
-        message = await receive()
+        nonlocal received, is_whole
+        # behind the body comes only that the client has left, which may take as long as it likes
+        message = await receive() if is_whole else await _within(SILENCE_SECONDS, receive)
+        is_whole = not message.get("more_body", False)
         received += len(message.get("body", b""))
         if received > cap:
             raise _too_large(cap)
         return message
 
     return counted
+
+
+async def _within(seconds: float, receive: Receive) -> Message:
+    try:
+        return await asyncio.wait_for(receive(), seconds)
+    except TimeoutError:
+        raise RequestTimeout(f"the rest of the request's body did not come within {seconds:g} seconds") from None
 
 
 def _too_large(cap: int) -> PayloadTooLarge:

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 
 from prefix_store.errors import Forbidden
 from prefix_store.prefix import PrefixVersion
-from server.api import conditions, model_names, references
+from server.api import conditions, model_names, references, residency
 from server.api.auth import Caller, Calling
 from server.api.services import Services, Serving
 
@@ -61,6 +61,7 @@ def _delete(model: str, services: Services, caller: Caller, if_match: str | None
         own = references.own(model, caller)  # what is shared with the caller it may use and not delete
         with references.changing(services, caller, own.name):
             services.store.prefixes.delete(own, if_match, caller.by)
+    residency.end_outdated(services)
 
 
 def _base(services: Services) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 
 from prefix_store.formats import peft
 from prefix_store.prefix import Method, PrefixVersion
-from server.api import conditions, queries, references, schemas, views
+from server.api import conditions, queries, references, residency, schemas, views
 from server.api.auth import Caller, Calling
 from server.api.schemas import EditBody
 from server.api.services import Services, Serving
@@ -103,7 +103,9 @@ def _edit(services: Services, ref: str, caller: Caller, body: EditBody) -> Prefi
 def _delete(services: Services, ref: str, caller: Caller, if_match: str | None) -> list[PrefixVersion]:
     own = references.own(ref, caller)
     with references.changing(services, caller, own.name, ref):
-        return services.store.prefixes.delete(own, if_match, caller.by)
+        removed = services.store.prefixes.delete(own, if_match, caller.by)
+    residency.end_outdated(services)
+    return removed
 
 
 def _peft_archive(services: Services, version: PrefixVersion) -> bytes:

@@ -101,6 +101,22 @@ class Rates:
         if not self._running[tenant]:
             del self._running[tenant]
 
+    async def headers(self, tenant: str) -> dict[str, str]:
+        """What is left of the minute, under OpenAI's names: nothing where there is no quota, or nothing is counted.
+
+        `reset` is until all of it is there again, as a duration of Go's.
+        """
+        quotas = await self._quotas(tenant)
+        found: dict[str, str] = {}
+        for what, most in (("requests", quotas.requests_per_minute), ("tokens", quotas.tokens_per_minute)):
+            if most is not None:
+                with _reachable():
+                    window = await self._storage.get_sliding_window(_key(what, tenant), MINUTE)
+                    found[f"x-ratelimit-limit-{what}"] = str(most)
+                    found[f"x-ratelimit-remaining-{what}"] = str(remaining(most, *window))
+                    found[f"x-ratelimit-reset-{what}"] = f"{math.ceil(reset(*window))}s"
+        return found
+
     async def _quotas(self, tenant: str) -> Quotas:
         until, quotas = self._known.get(tenant, (-math.inf, Quotas()))
         now = self._clock()
@@ -139,6 +155,16 @@ def wait(most: int, before: int, before_left: float, now: int, now_left: float) 
         return MINUTE
     left = before_left - MINUTE * (most - now) / before if now < most else now_left - MINUTE * most / now
     return max(left, 0.0) + 0.001  # at that very moment it is full still
+
+
+def remaining(most: int, before: int, before_left: float, now: int, now_left: float) -> int:
+    """How many more a window has room for; its numbers are `wait`'s."""
+    return max(0, math.floor(most - now - before * before_left / MINUTE))
+
+
+def reset(before: int, before_left: float, now: int, now_left: float) -> float:
+    """Seconds until a window is empty."""
+    return now_left if now else before_left if before else 0.0
 
 
 def _limited(message: str, seconds: int) -> RateLimited:

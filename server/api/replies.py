@@ -11,6 +11,7 @@ from typing import Any
 
 from server.api.generation import Generation
 from server.api.openai_schemas import AnswerBody
+from server.scheduler.messages import FinishReason
 
 Choices = AsyncGenerator[dict[str, Any], None]
 
@@ -68,6 +69,13 @@ class Reply:
         if options.continuous_usage_stats:
             return {"usage": self.usage()}
         return {"usage": None} if options.include_usage else {}
+
+
+def ending(reason: str | None) -> dict[str, str | None]:
+    """Why a choice ended, in OpenAI's words, for strict clients know no others: what time cut short is cut."""
+    if reason == FinishReason.TIMEOUT:
+        return {"finish_reason": FinishReason.LENGTH, "stop_reason": FinishReason.TIMEOUT}
+    return {"finish_reason": reason}
 
 
 def fingerprint(base_digest: str, prefix_digest: str | None) -> str:

@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
-from contextlib import suppress
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
+from anyio import to_thread
 from fastapi import Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from prefix_store.errors import InvalidRequest
 from prefix_store.jobs import Objective
 from server.api import errors
+from server.api.reading import look_through
+from server.api.services import services
 from server.api.structured import ResponseFormat, StructuredOutputs
 from server.scheduler.sampling_params import MAX_BIASES
+
+SMALL = 32 * 1024  # bytes of a body that is read at once
 
 # one bound for all integers, so that none can be too large to be turned into a float and compared
 Integer = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 # the first wrong item is enough: an error for each of a million would keep every other call waiting
 Integers = Annotated[list[Integer], Field(fail_fast=True)]
-Examples = Annotated[list[dict[str, Any]], Field(fail_fast=True, min_length=1)]
 LONGEST_TEXT = 100_000  # characters of a text that comes with a job beside its examples
 # as Python writes an id, so that none can be given twice
 TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+
+
+def _examples(given: Any) -> list[dict[str, Any]]:
+    """In Python, which lets others in: pydantic would copy a million of them at one go."""
+    if not isinstance(given, list) or not given:
+        raise PydanticCustomError("examples", "Input should be a list of one or more examples")
+    for number, example in enumerate(given):
+        if not isinstance(example, dict):
+            raise PydanticCustomError("examples", "Input should be a list of objects; item {n} is none", {"n": number})
+    return given
+
+
+Examples = Annotated[
+    list[dict[str, Any]],
+    PlainValidator(_examples, json_schema_input_type=Annotated[list[dict[str, Any]], Field(min_length=1)]),
+]
 
 
 class Body(BaseModel):
@@ -171,27 +190,22 @@ B = TypeVar("B", bound=BaseModel)
 
 
 async def read(request: Request, kind: type[B]) -> B:
-    """Reads a JSON body. Raises InvalidRequest with the field and what was expected, never with what came."""
+    """Reads a JSON body, a large one off the event loop.
+
+    Raises InvalidRequest with the field and what was expected, never with what came.
+    """
     # asked for strictly: a web page elsewhere may make a browser send any body but one of this type
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise InvalidRequest("the body must be JSON: send it with Content-Type: application/json")
     body = await request.body()
-    _refuse_duplicates(body)
+    if len(body) <= SMALL:
+        return _parse(body, kind)
+    return await to_thread.run_sync(_parse, body, kind, limiter=services(request).reading)
+
+
+def _parse(body: bytes, kind: type[B]) -> B:
+    look_through(body)
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
         raise errors.invalid(error.errors(include_url=False, include_input=False)) from None
-
-
-def _refuse_duplicates(body: bytes) -> None:
-    """Raises InvalidRequest for a name given twice: the last would win, and a second prefix_id would count."""
-
-    def check(pairs: list[tuple[str, Any]]) -> None:
-        names = [name for name, _ in pairs]
-        if len(names) != len(set(names)):
-            twice = next(name for name in names if names.count(name) > 1)[:80]
-            raise InvalidRequest(f"the field {twice!r} is given more than once", param=twice)
-
-    # what is not JSON at all, or too deep, is pydantic's to explain
-    with suppress(ValueError, RecursionError):
-        json.loads(body, object_pairs_hook=check)

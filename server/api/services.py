@@ -48,6 +48,9 @@ class Services:
     # one text at a time: a tokenizer is not made for several threads, and there are few cores
     tokenizing: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
 
+    # one large body at a time: it takes several times its size while it is read
+    reading: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
+
     # one at a time: it reads the whole vocabulary, and runs beside the engine
     inspecting: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
 

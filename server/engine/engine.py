@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from prefix_store.model.frozen import FrozenModel
 from server.engine import self_test
@@ -34,8 +35,8 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.frozen = frozen
-        self.limits = limits
-        self.scheduler = Scheduler(limits, frozen.end_ids, clock)
+        self.limits = replace(limits, memory_slots=memory_slots(frozen.geometry))
+        self.scheduler = Scheduler(self.limits, frozen.end_ids, clock)
         self.pool = KVPool(frozen.geometry, limits.slots, dtype=frozen.dtype, device=frozen.device)
         truths = self_test.plain_truths(frozen)
         self.runner = ModelRunner(frozen, self.pool, backend or default_backend(frozen), int8=int8)

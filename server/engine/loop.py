@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 
-from prefix_store.errors import ShuttingDown
+from prefix_store.errors import GenerationFailed, ShuttingDown
 from server.engine.engine import Engine
-from server.scheduler.messages import FinishReason, GenerationRequest, TokenEvent
+from server.scheduler.messages import FinishReason, GenerationRequest, PrefixPayload, TokenEvent
 from server.scheduler.plan import StepPlan
 
 EventSink = Callable[[TokenEvent], None]
+FAILED = "the engine failed; the server must be restarted"
 STOPPED = "the server is shutting down; try again on another one or later"
 _log = logging.getLogger(__name__)
 
@@ -27,6 +29,7 @@ class EngineStats:
     kv_slots: int
     kv_slots_used: int
     prefixes_resident: int
+    prefixes_preloaded: int
     distinct_prefixes: int
     steps: int
     prompt_tokens: int
@@ -49,6 +52,7 @@ class EngineLoop:
         self._changed = threading.Condition()
         self._sinks: dict[str, EventSink] = {}
         self._aborted: list[str] = []
+        self._preloading: list[Future[None]] = []
         self._stopping = False
         self._steps = self._prompt_tokens = self._generated_tokens = self._distinct_prefixes = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -77,6 +81,29 @@ class EngineLoop:
             self._aborted.append(request_id)
             self._changed.notify()
 
+    def preload(self, payload: PrefixPayload, holder: Hashable) -> Future[None]:
+        """Keeps a prefix on the device for a holder until `release`; the future is done when it is there.
+
+        Raises what `Preloads.add` raises, ShuttingDown, and through the future GenerationFailed.
+        """
+        with self._changed:
+            if self._stopping:
+                raise ShuttingDown(STOPPED)
+            self._scheduler.space.preload(payload, holder)
+            self._preloading.append(Future())
+            self._changed.notify()
+            return self._preloading[-1]
+
+    def release(self, digest: str, holder: Hashable) -> None:
+        """Ends a holder's preload, whether or not there is one."""
+        with self._changed:
+            self._scheduler.space.release(digest, holder)
+
+    def preloaded(self) -> Mapping[str, frozenset[Hashable]]:
+        """Who holds which digest on the device."""
+        with self._changed:
+            return self._scheduler.space.preloads.holders()
+
     def stats(self) -> EngineStats:
         """A consistent snapshot."""
         with self._changed:
@@ -87,6 +114,7 @@ class EngineLoop:
                 kv_slots=scheduler.slots.total,
                 kv_slots_used=scheduler.slots.used,
                 prefixes_resident=len(residency),
+                prefixes_preloaded=len(scheduler.space.preloads),
                 distinct_prefixes=self._distinct_prefixes,
                 steps=self._steps,
                 prompt_tokens=self._prompt_tokens,
@@ -106,6 +134,7 @@ class EngineLoop:
             self._thread.join()
         with self._changed:
             events = self._scheduler.fail_all(error)
+        _settle(self._preloading, ShuttingDown(error))
         self._deliver(events)
 
     @property
@@ -123,8 +152,8 @@ class EngineLoop:
             with self._changed:
                 self._stopping = True
                 lost = list(self._sinks)
-            failed = "the engine failed; the server must be restarted"
-            self._deliver([TokenEvent(name, finish_reason=FinishReason.ERROR, error=failed) for name in lost])
+            _settle(self._preloading, GenerationFailed(FAILED))
+            self._deliver([TokenEvent(name, finish_reason=FinishReason.ERROR, error=FAILED) for name in lost])
 
     def _turn(self) -> bool:
         """Waits for work and runs one step; False when told to stop."""
@@ -134,11 +163,13 @@ class EngineLoop:
                 return False
             events = self._end_early()
             plan = self._scheduler.schedule()
-        self._deliver(events + self._step(plan))
+            preloading, self._preloading = self._preloading, []
+        self._deliver(events + self._step(plan, preloading))
         return True
 
     def _has_work(self) -> bool:
-        return bool(self._stopping or self._aborted or self._scheduler.running or self._scheduler.waiting)
+        scheduler = self._scheduler
+        return bool(self._stopping or self._aborted or self._preloading or scheduler.running or scheduler.waiting)
 
     def _end_early(self) -> list[TokenEvent]:
         """Aborts and deadlines, taken between steps only: a running step reads the slots that this frees."""
@@ -146,21 +177,24 @@ class EngineLoop:
         self._aborted.clear()
         return [event for event in aborted if event is not None] + self._scheduler.expire()
 
-    def _step(self, plan: StepPlan) -> list[TokenEvent]:
+    def _step(self, plan: StepPlan, preloading: list[Future[None]]) -> list[TokenEvent]:
         try:
             results = self._engine.run(plan)
         except Exception as error:
             # Whatever it was, these rows cannot go on: their keys and values may be half written.
             _log.exception("a step failed")
+            failed = f"the engine failed: {type(error).__name__}"
+            _settle(preloading, GenerationFailed(failed))
             with self._changed:
-                return self._scheduler.fail_running(f"the engine failed: {type(error).__name__}")
+                return self._scheduler.fail_running(failed)
+        _settle(preloading)
         with self._changed:
             self._count(plan)
             return self._scheduler.commit(plan, results)
 
     def _count(self, plan: StepPlan) -> None:
         self._steps += 1
-        self._generated_tokens += sum(row.samples for row in plan.rows)
+        self._generated_tokens += sum(row.samples and not row.sequence.is_mute for row in plan.rows)
         self._prompt_tokens += sum(row.count for row in plan.rows if row.start < row.sequence.prompt_length)
         prefixes = {r.sequence.request.prefix.digest for r in plan.rows if r.sequence.request.prefix is not None}
         self._distinct_prefixes = len(prefixes)
@@ -176,3 +210,14 @@ class EngineLoop:
             except Exception:
                 # whoever it was for is gone, say a closed event loop; the others are not
                 _log.exception("an event could not be delivered")
+
+
+def _settle(preloading: list[Future[None]], error: Exception | None = None) -> None:
+    """Tells those that still wait."""
+    for future in preloading:
+        if not future.set_running_or_notify_cancel():
+            continue
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)

@@ -35,6 +35,8 @@ class LoadedPrefix:
 class PrefixLoader:
     """An LRU of loaded prefixes keyed by digest, so a replaced or deleted name can never serve stale numbers.
 
+    What is kept on the device is kept here too, beside the budget: its requests shall not wait for a disk.
+
     Safe to call from any thread; a digest that several callers ask for is read once.
     """
 
@@ -44,6 +46,7 @@ class PrefixLoader:
         self._budget = budget_bytes
         self._lock = threading.Lock()
         self._loaded: OrderedDict[str, Future[LoadedPrefix]] = OrderedDict()
+        self._kept: set[str] = set()
 
     def load(self, version: PrefixVersion) -> LoadedPrefix:
         """Blocks while reading. Raises PrefixMismatch or StoreCorrupt."""
@@ -55,6 +58,16 @@ class PrefixLoader:
         if owner:
             self._fill(future, version)
         return future.result()
+
+    def keep(self, digest: str) -> None:
+        """Has a prefix stay, whatever is loaded after it."""
+        with self._lock:
+            self._kept.add(digest)
+
+    def free(self, digest: str) -> None:
+        """Ends `keep`; it goes in its turn."""
+        with self._lock:
+            self._kept.discard(digest)
 
     def _fill(self, future: Future[LoadedPrefix], version: PrefixVersion) -> None:
         try:
@@ -73,7 +86,8 @@ class PrefixLoader:
 
     def _trim(self) -> None:
         with self._lock:
-            done = [(digest, f.result().size_bytes) for digest, f in self._loaded.items() if f.done()]
+            known = [(digest, f) for digest, f in self._loaded.items() if digest not in self._kept]
+            done = [(digest, f.result().size_bytes) for digest, f in known if f.done()]
             total = sum(size for _, size in done)
             for digest, size in done[:-1]:  # the newest stays, however large
                 if total <= self._budget:

@@ -10,13 +10,22 @@ from server.scheduler.messages import GenerationRequest
 
 @dataclass(frozen=True)
 class Limits:
-    """Sizes of an engine. `context_length` counts virtual, prompt and generated tokens together."""
+    """Sizes of an engine. `context_length` counts virtual, prompt and generated tokens together.
+
+    `memory_slots`: KV slots that a prefix may take beside its place in the context.
+    """
 
     slots: int
     rows: int
     step_tokens: int
     context_length: int
     waiting: int
+    memory_slots: int = 0
+
+    @property
+    def preloadable(self) -> int:
+        """Slots for prefixes that stay without a reader: half of what the longest request leaves."""
+        return max(0, self.slots - self.context_length - self.memory_slots) // 2
 
 
 def check_fits(request: GenerationRequest, limits: Limits) -> None:

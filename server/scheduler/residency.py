@@ -1,8 +1,9 @@
-"""Which prefixes have slots on the device. In use means pinned; only the unpinned are ever evicted."""
+"""Which prefixes have slots on the device. Only what nobody reads, and nobody wants kept, is ever evicted."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Container
 from dataclasses import dataclass
 
 from server.scheduler.messages import PrefixPayload
@@ -23,10 +24,11 @@ class Resident:
 
 
 class Residency:
-    """Digest -> resident prefix, least recently used first."""
+    """Digest -> resident prefix, least recently used first. Those of `kept` digests stay, read or not."""
 
-    def __init__(self, slots: SlotAllocator) -> None:
+    def __init__(self, slots: SlotAllocator, kept: Container[str] = ()) -> None:
         self._slots = slots
+        self._kept = kept
         self._residents: OrderedDict[str, Resident] = OrderedDict()
         self.hits = 0
         self.misses = 0
@@ -34,6 +36,9 @@ class Residency:
 
     def __len__(self) -> int:
         return len(self._residents)
+
+    def __contains__(self, digest: object) -> bool:
+        return digest in self._residents
 
     def pin(self, digest: str) -> Resident | None:
         """Pins a prefix that is already resident; None if it is not."""
@@ -63,12 +68,12 @@ class Residency:
         resident.pins -= 1
 
     def evict(self, size: int) -> bool:
-        """Evicts unpinned prefixes so that `size` slots in one run are free; False, evicting none, if that cannot be.
+        """Evicts idle prefixes so that `size` slots in one run are free; False, evicting none, if that cannot be.
 
         Of all runs that would do, the one whose most recently used prefix was used the longest ago: prefixes that lie
         apart are not evicted one by one until some happen to lie together.
         """
-        idle = {r.extent: (age, r) for age, r in enumerate(self._residents.values()) if r.pins == 0}
+        idle = {r.extent: (age, r) for age, r in enumerate(self._residents.values()) if self.is_idle(r)}
         run: list[Extent] = []
         best: tuple[int, list[Extent]] | None = None
         for extent in sorted([*self._slots.free, *idle], key=lambda extent: extent.start):
@@ -85,10 +90,18 @@ class Residency:
             return False
         for extent in best[1]:
             if extent in idle:
-                self._slots.release(extent)
-                del self._residents[idle[extent][1].payload.digest]
-                self.evictions += 1
+                self._give_back(idle[extent][1])
         return True
+
+    def is_idle(self, resident: Resident) -> bool:
+        """Whether it may be evicted."""
+        return resident.pins == 0 and resident.payload.digest not in self._kept
+
+    def drop(self, digest: str) -> None:
+        """Evicts one prefix, if it is there and idle."""
+        resident = self._residents.get(digest)
+        if resident is not None and self.is_idle(resident):
+            self._give_back(resident)
 
     def clear(self) -> None:
         """Forgets every prefix; none may be pinned."""
@@ -100,3 +113,8 @@ class Residency:
     def residents(self) -> list[Resident]:
         """All of them, least recently used first."""
         return list(self._residents.values())
+
+    def _give_back(self, resident: Resident) -> None:
+        self._slots.release(resident.extent)
+        del self._residents[resident.payload.digest]
+        self.evictions += 1

@@ -23,7 +23,8 @@ class SamplingParams:
     `presence_penalty` is subtracted once and `frequency_penalty` as often as they stand there. `logit_bias` holds pairs
     of a token id and what is added to its logit. `seed` None draws one at admission. `stop` strings end the text before
     themselves. None of `stop_token_ids` is drawn before `min_tokens` others. `logprobs` None gives none, n gives the
-    chosen token and the n likeliest, all by the model's own logits.
+    chosen token and the n likeliest, all by the model's own logits. With `echo` alone `max_tokens` may be 0: the prompt
+    is scored and nothing is said.
     """
 
     max_tokens: int = 128
@@ -44,7 +45,7 @@ class SamplingParams:
     echo: bool = False
 
     def __post_init__(self) -> None:
-        _within("max_tokens", self.max_tokens, 1, 1_000_000)
+        _within("max_tokens", self.max_tokens, 0 if self.echo else 1, 1_000_000)
         if not 0 <= self.min_tokens <= self.max_tokens:
             expected = f"from 0 to max_tokens, which is {self.max_tokens}"
             raise InvalidRequest(f"min_tokens must be {expected}, got {self.min_tokens}", param="min_tokens")

@@ -45,7 +45,7 @@ class Scheduler:
 
     def __init__(self, limits: Limits, eos_ids: frozenset[int], clock: Callable[[], float]) -> None:
         self.limits = limits
-        self.space = Space(limits.slots)
+        self.space = Space(limits.slots, limits.preloadable)
         self.slots, self.residency = self.space.slots, self.space.residency
         self.service = Service()
         self.waiting = WaitingQueue(limits.waiting, self.service)
@@ -90,6 +90,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Plans the next step; its rows are empty only when nothing is waiting or running."""
+        self._bring_preloads()
         self._let_in()
         rows = self._decode_rows()
         prompts = [sequence for sequence in self.running if sequence.remaining > 1]
@@ -115,6 +116,7 @@ class Scheduler:
         """Ends what is running, after a step that broke; the residents go too, for their slots may be half written."""
         events = [self._finish(sequence, FinishReason.ERROR, error) for sequence in list(self.running)]
         self.residency.clear()
+        self.space.preloads.miss_none()  # it may be one of them that broke the step
         return events
 
     def fail_all(self, error: str) -> list[TokenEvent]:
@@ -140,6 +142,13 @@ class Scheduler:
         if bearable is None:
             return budget
         return min(budget, max(LEAST_CHUNK, bearable, CHUNK_EACH * (len(prompts) + len(self.waiting))))
+
+    def _bring_preloads(self) -> None:
+        while not self.space.bring():
+            if self.running:
+                self._preempt(fairness.newest_of_most(self.running, fairness.rows_by_tenant(self.running)))
+            else:
+                self.space.compact()
 
     def _let_in(self) -> None:
         while self.waiting and (len(self.running) < self._most_rows or self._can_make_way()):
@@ -183,8 +192,8 @@ class Scheduler:
             return True
         if self.running:
             return False
-        # Idle prefixes lie across the pool so that no free run is long enough; empty, it fits by `check_fits`.
-        self.residency.clear()
+        # Prefixes lie across the pool so that no free run is long enough; compact, it fits by `check_fits`.
+        self.space.compact()
         return self.space.place(sequence, size)
 
     def _place_by_force(self, sequence: Sequence) -> bool:
@@ -252,13 +261,14 @@ class Scheduler:
         sequence = row.sequence
         sequence.computed += row.count
         sequence.prompt_logprobs.extend(result.scored)
-        self.service.charge(sequence, sampled=result.token_id is not None)
+        self.service.charge(sequence, sampled=result.token_id is not None and not sequence.is_mute)
         if result.error is not None:
             return self._finish(sequence, FinishReason.ERROR, result.error)
         if result.token_id is None:
             return None
         reason = self._reason_to_stop(sequence, result.token_id)
         stopped = reason is FinishReason.STOP
+        silent = stopped or sequence.is_mute
         sequence.tokens.append(result.token_id)
         prompt_logprobs = sequence.scored_prompt() if sequence.wants_prompt_logprobs else None
         sequence.prompt_logprobs_sent |= prompt_logprobs is not None
@@ -266,15 +276,15 @@ class Scheduler:
             self._end(sequence)
         return TokenEvent(
             sequence.request.id,
-            token_ids=() if stopped else (result.token_id,),
+            token_ids=() if silent else (result.token_id,),
             finish_reason=reason,
-            logprobs=() if stopped or result.logprob is None else (result.logprob,),
+            logprobs=() if silent or result.logprob is None else (result.logprob,),
             prompt_logprobs=prompt_logprobs,
             end_logprob=result.logprob if stopped else None,
         )
 
     def _reason_to_stop(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        if token_id in sequence.end_ids:
+        if token_id in sequence.end_ids and not sequence.is_mute:
             return FinishReason.STOP
         return FinishReason.LENGTH if sequence.generated + 1 >= sequence.request.params.max_tokens else None
 

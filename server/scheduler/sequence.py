@@ -58,7 +58,12 @@ class Sequence:
     @property
     def final_length(self) -> int:
         """Own slots it can ever need: the last token to be sampled is never computed."""
-        return self.prompt_length + self.request.params.max_tokens - 1
+        return self.prompt_length + max(1, self.request.params.max_tokens) - 1
+
+    @property
+    def is_mute(self) -> bool:
+        """Whether the prompt is only scored: a token is sampled to end it, and nobody gets it."""
+        return self.request.params.max_tokens == 0
 
     @property
     def forbidden(self) -> frozenset[int]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 
 from server.scheduler.messages import PrefixPayload
 from server.scheduler.plan import Load, Move
+from server.scheduler.preloads import Preloads
 from server.scheduler.residency import Residency, Resident
 from server.scheduler.sequence import Sequence
 from server.scheduler.slots import Extent, SlotAllocator
@@ -15,15 +16,46 @@ from server.scheduler.slots import Extent, SlotAllocator
 class Space:
     """The slots and the residents, and the transfers that the next step has to make for them."""
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, preloadable: int = 0) -> None:
         self.slots = SlotAllocator(slots)
-        self.residency = Residency(self.slots)
+        self.preloads = Preloads(preloadable)
+        self.residency = Residency(self.slots, self.preloads)
         self._transfers: list[Load | Move] = []
 
     def take_transfers(self) -> tuple[Load | Move, ...]:
         """What has to be copied since the last time this was asked, in order."""
         transfers, self._transfers = tuple(self._transfers), []
         return transfers
+
+    def preload(self, payload: PrefixPayload, holder: Hashable) -> None:
+        """Has a prefix on the device from the next step on, until `release`. Raises what `Preloads.add` raises."""
+        self.preloads.add(payload, holder)
+
+    def release(self, digest: str, holder: Hashable) -> None:
+        """Ends a holder's preload; slots that nobody reads or holds any more are free at once."""
+        self.preloads.remove(digest, holder)
+        self.residency.drop(digest)
+
+    def bring(self) -> bool:
+        """Brings in what is to be preloaded; False if there is no room for all of it."""
+        for payload in self.preloads.missing:
+            if payload.digest not in self.residency:
+                extent = self._allocate(payload.slots, high=True)
+                if extent is None:
+                    return False
+                resident = self.residency.admit(payload, extent)
+                resident.is_loaded = True
+                self.residency.unpin(resident)
+                self._transfers.append(Load(payload, extent))
+        self.preloads.miss_none()
+        return True
+
+    def compact(self) -> None:
+        """While no row runs: what is preloaded lies at the high end, all else is free, and any legal request fits."""
+        self.residency.clear()
+        self.preloads.miss_all()
+        there_is_room = self.bring()
+        assert there_is_room, "more is preloaded than may be"
 
     def place(self, sequence: Sequence, size: int) -> bool:
         """Finds `size` own slots for a sequence, and its prefix's; False, with nothing held, if there are none."""
@@ -73,7 +105,8 @@ class Space:
         readers = Counter(other.resident.payload.digest for other in leaving if other.resident is not None)
         freed = [other.extent for other in leaving if other.extent is not None]
         for resident in self.residency.residents():
-            if resident.payload.digest != digest and resident.pins == readers[resident.payload.digest]:
+            other = resident.payload.digest
+            if other != digest and other not in self.preloads and resident.pins == readers[other]:
                 freed.append(resident.extent)
         return self.slots.longest_run(freed) >= own + size
 
@@ -93,11 +126,12 @@ class Space:
             assert resident.extent.size == resident.payload.slots, "a prefix has not the room it takes"
             pins = sum(reader.resident is resident for reader in readers)
             assert resident.pins == pins, f"{resident.pins} pins, {pins} readers"
+        assert self.preloads.slots <= self.preloads.most, "more is preloaded than may be"
 
     def _missing(self, sequence: Sequence) -> int:
         """Slots that the sequence's prefix would have to be brought into."""
         payload = sequence.request.prefix
-        if payload is None or any(resident.payload.digest == payload.digest for resident in self.residency.residents()):
+        if payload is None or payload.digest in self.residency:
             return 0
         return payload.slots
 

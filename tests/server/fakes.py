@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from server.engine.loop import EngineStats
-from server.scheduler.messages import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
+from server.scheduler.messages import FinishReason, GenerationRequest, PrefixPayload, TokenEvent, TokenLogprob
+from server.scheduler.preloads import Preloads
 
 END = 1  # the token that an answer ends with
 Answer = Callable[[GenerationRequest], list[int]]
@@ -28,6 +30,7 @@ class FakeLoop:
     failure: str | None = None
     requests: list[GenerationRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    preloads: Preloads = field(default_factory=lambda: Preloads(64))
 
     def __post_init__(self) -> None:
         self.hold.set()
@@ -45,6 +48,18 @@ class FakeLoop:
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
+
+    def preload(self, payload: PrefixPayload, holder: Hashable) -> Future[None]:
+        self.preloads.add(payload, holder)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def release(self, digest: str, holder: Hashable) -> None:
+        self.preloads.remove(digest, holder)
+
+    def preloaded(self) -> dict[str, frozenset[Hashable]]:
+        return self.preloads.holders()
 
     def stats(self) -> EngineStats:
         return stats(running=len(self.requests))
@@ -72,6 +87,8 @@ class FakeLoop:
                 return
         if self.failure is not None:
             on_event(TokenEvent(request.id, finish_reason=FinishReason.ERROR, error=self.failure))
+        elif asked == 0:
+            on_event(TokenEvent(request.id, (), FinishReason.LENGTH, (), _prompt_logprobs(request)))
         elif len(ids) < asked:
             ended = TokenLogprob(END, -0.25) if request.params.logprobs is not None else None
             prompt = None if ids else _prompt_logprobs(request)

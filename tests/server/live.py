@@ -37,15 +37,15 @@ class Live:
 
 @contextmanager
 def serving(
-    store: Store, family: str = "llama", dtype: torch.dtype = torch.float32, limits: Limits = LIMITS
+    store: Store, family: str = "llama", dtype: torch.dtype = torch.float32, limits: Limits = LIMITS, **options: object
 ) -> Iterator[Live]:
-    """Runs until the block ends."""
+    """Runs until the block ends; `options` are `create_app`'s."""
     frozen = tiny_frozen(family)
     frozen.model.to(torch.bfloat16 if dtype is torch.int8 else dtype)
     engine = Engine(frozen, limits, int8=dtype is torch.int8)
     loop = EngineLoop(engine)
     loop.start()
-    app = create_app(store, frozen, loop, PrefixLoader(store.prefixes, frozen, 1 << 24))
+    app = create_app(store, frozen, loop, PrefixLoader(store.prefixes, frozen, 1 << 24), **options)
     try:
         yield Live(TestClient(app, base_url="http://127.0.0.1:8000", raise_server_exceptions=False), engine, frozen)
     finally:

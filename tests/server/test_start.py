@@ -1,3 +1,5 @@
+import asyncio
+import socket
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,27 @@ def test_a_port_in_use_is_one_line() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(SystemExit, match=f"cannot listen on 127.0.0.1:{port}: .*in use"):
             start.listen("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_what_is_sent_goes_out_at_once(host: str) -> None:
+    """A stream's token and a reply's body would otherwise wait 40 ms for the client to acknowledge what came before."""
+
+    async def nodelay() -> int:
+        accepted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            accepted.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with start.listen(host, 0) as listener:
+            async with await asyncio.start_server(connected, sock=listener) as server:
+                _, writer = await asyncio.open_connection(*server.sockets[0].getsockname()[:2])
+                found = await accepted
+                writer.close()
+                return found
+
+    assert asyncio.run(nodelay())
 
 
 def test_without_a_key_only_this_machine_is_let_in(store: Store) -> None:

@@ -128,3 +128,26 @@ def test_nothing_is_read_of_a_body_before_the_key_is_known(client: TestClient, s
     key(store, "admin")
     reply = client.post("/v1/prefixes", content=b"no form at all")
     assert reply.status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "localhost:8000"}, 200),
+        ({"host": "[::1]:8000"}, 200),
+        ({"host": "127.0.0.1"}, 200),
+        ({"host": "localhost:8000", "origin": "http://localhost:8000"}, 200),
+        ({"host": "evil.example"}, 403),
+        ({"host": "evil.example:x"}, 403),
+        ({"host": "localhost@evil.example"}, 403),
+        ({"host": "[::1"}, 403),
+        ({"host": ""}, 403),
+        ({"origin": "http://[::1"}, 403),
+        ({"origin": "null"}, 403),
+        ({"origin": "http://127.0.0.1:9000"}, 403),
+    ],
+)
+def test_an_open_server_answers_to_this_machine_s_names_alone(
+    client: TestClient, headers: dict[str, str], status: int
+) -> None:
+    assert client.get("/v1/model", headers=headers).status_code == status

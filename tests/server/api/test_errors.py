@@ -44,7 +44,7 @@ def test_the_statuses_that_clients_rely_on() -> None:
         ("GET", "/nowhere", 404, "route_not_found"),
         ("GET", "/generate", 405, "method_not_allowed"),
         ("GET", "/docs", 404, "route_not_found"),
-        ("GET", "/openapi.json", 404, "route_not_found"),
+        ("GET", "/openapi.yaml", 404, "route_not_found"),
         ("GET", "/v1/prefixes?limit=0", 400, "invalid_request"),
         ("GET", "/v1/prefixes?limit=x", 400, "invalid_request"),
     ],

@@ -1,9 +1,12 @@
+import asyncio
 from collections.abc import Iterator
 
 import pytest
 from starlette.testclient import TestClient
+from starlette.types import Message
 
-from server.api import limits
+from prefix_store.errors import RequestTimeout
+from server.api import errors, limits
 from tests.server.conftest import Serve
 
 
@@ -42,3 +45,36 @@ def test_training_data_may_be_larger_than_other_json(client: TestClient) -> None
     assert client.post("/v1/prefixes/x/train", json=body).status_code == 202
     reply = client.post("/v1/prefixes/x/train", content=b"", headers={"content-length": str(65 * limits.MB)})
     assert reply.status_code == 413
+
+
+@pytest.mark.anyio
+async def test_a_body_that_stops_on_its_way_is_408(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "SILENCE_SECONDS", 0.05)
+    pieces = [{"type": "http.request", "body": b"{", "more_body": True}]
+
+    async def receive() -> Message:
+        if pieces:
+            return pieces.pop()
+        await asyncio.sleep(10)
+        raise AssertionError("nobody waits so long")
+
+    counted = limits._counting(receive, limits.MB)
+    assert (await counted())["body"] == b"{"
+    with pytest.raises(RequestTimeout, match=r"did not come within 0\.05 seconds") as caught:
+        await counted()
+    reply = errors.response(caught.value)
+    assert (reply.status_code, reply.headers["connection"]) == (408, "close")
+
+
+@pytest.mark.anyio
+async def test_whoever_has_sent_all_may_wait_as_long_as_the_answer_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "SILENCE_SECONDS", 0.05)
+    pieces = [{"type": "http.disconnect"}, {"type": "http.request", "body": b"{}"}]
+
+    async def receive() -> Message:
+        if len(pieces) == 1:
+            await asyncio.sleep(0.2)
+        return pieces.pop()
+
+    counted = limits._counting(receive, limits.MB)
+    assert [(await counted())["type"] for _ in range(2)] == ["http.request", "http.disconnect"]

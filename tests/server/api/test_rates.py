@@ -3,11 +3,13 @@ import random
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from httpx import Response
 from starlette.testclient import TestClient
 
 from prefix_store.errors import QuotaExceeded, RateLimited, StoreUnavailable
@@ -243,3 +245,68 @@ async def test_where_the_count_cannot_be_reached_nobody_is_refused(tmp_path: Pat
 async def close(servers: list[Rates]) -> None:
     for server in servers:
         await server._storage.bridge.storage.aclose()
+
+
+# what a reply says is left
+
+
+def left(reply: Response, what: str) -> tuple[int, int, str]:
+    limit, remaining, reset = (reply.headers[f"x-ratelimit-{name}-{what}"] for name in ("limit", "remaining", "reset"))
+    return int(limit), int(remaining), reset
+
+
+def test_replies_say_what_is_left_under_openai_s_names(client: TestClient, store: Store, clock: Clock) -> None:
+    quota(store, requests_per_minute=3, tokens_per_minute=100)
+    reply = client.get("/v1/jobs")
+    assert left(reply, "requests") == (3, 2, "120s")
+    assert left(reply, "tokens") == (100, 100, "0s")
+    reply = client.post("/generate", json={"prompt": [2, 3, 4], "max_tokens": 2})
+    assert left(reply, "requests") == (3, 1, "120s")
+    assert left(reply, "tokens") == (100, 95, "120s")
+    clock.now += 30
+    stream = client.post("/generate", json={"prompt": [2], "max_tokens": 2, "stream": True})
+    assert left(stream, "tokens") == (100, 94, "90s")  # what it will generate is not known yet
+    refused = client.get("/v1/prefixes/none")
+    assert refused.status_code == 429
+    assert left(refused, "requests") == (3, 0, "90s")
+    assert left(refused, "tokens") == (100, 92, "90s")
+
+
+def test_without_a_quota_they_say_nothing_of_it(client: TestClient, store: Store, clock: Clock) -> None:
+    quota(store, tokens_per_minute=100)
+    headers = client.get("/v1/jobs").headers
+    assert {name for name in headers if name.startswith("x-ratelimit")} == {
+        f"x-ratelimit-{name}-tokens" for name in ("limit", "remaining", "reset")
+    }
+    assert not [name for name in client.get("/healthz").headers if name.startswith("x-ratelimit")]
+
+
+@pytest.mark.anyio
+async def test_what_is_left_and_when_all_of_it_is_there_again_are_true(clock: Clock) -> None:
+    """Against the clock: as many more as were said to be left are let in, and no more; after the reset all are."""
+    rng = random.Random(5)
+    for _ in range(50):
+        most = rng.randrange(1, 20)
+        made = rates(clock, requests_per_minute=most)
+        for _ in range(rng.randrange(60)):
+            clock.now += rng.random() * 6
+            with suppress(RateLimited):
+                await made.count_request("acme")
+        said = await made.headers("acme")
+        assert int(said["x-ratelimit-remaining-requests"]) <= await admitted(made) <= most
+        said = await made.headers("acme")
+        assert said["x-ratelimit-remaining-requests"] == "0"
+        clock.now += int(said["x-ratelimit-reset-requests"].removesuffix("s"))
+        assert await made.headers("acme") == {
+            "x-ratelimit-limit-requests": str(most),
+            "x-ratelimit-remaining-requests": str(most),
+            "x-ratelimit-reset-requests": "0s",
+        }
+        clock.now += 200
+
+
+@pytest.mark.anyio
+async def test_where_the_count_cannot_be_reached_nothing_is_said(tmp_path: Path) -> None:
+    made = Rates(lambda tenant: Quotas(requests_per_minute=1), counters(f"unix://{tmp_path}/none"), Clock())
+    assert await made.headers("acme") == {}
+    await close([made])

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import pytest
 from pydantic import ValidationError
@@ -61,3 +62,11 @@ def test_every_training_option_can_be_given() -> None:
     options = {field.name for field in dataclasses.fields(TrainingSpec)} - {"data_digest", "base_digest"}
     options -= {"chat_template", "unset"}
     assert set(TrainBody.model_fields) == options
+
+
+@pytest.mark.parametrize("examples", [[], {}, "x", None, [1], [{"prompt": "x"}, []]])
+def test_examples_are_a_list_of_objects(examples: object) -> None:
+    with pytest.raises(ValidationError, match=r"Input should be a list of|Field required"):
+        TrainBody.model_validate({"examples": examples})
+    with pytest.raises(ValidationError):
+        TrainBody.model_validate_json(json.dumps({"examples": examples}))

@@ -150,3 +150,45 @@ def test_a_prefix_that_overflows_fails_its_own_request_only(loop, engine):
     streams = [submit(loop, request("good", new=30)), submit(loop, request("bad", new=30, prefix=bad))]
     assert collect(streams[0])[0] == expected
     assert "prefix_numerics" in collect(streams[1])[1].error
+
+
+def test_a_preloaded_prefix_is_on_the_device_when_the_future_is_done(loop, engine):
+    kv = random_kv(engine.frozen, 4)
+    prefix = PrefixPayload("kept", 4, 4, True, kv)
+    loop.preload(prefix, "me").result(timeout=20)
+    [resident] = [r for r in engine.scheduler.residency.residents() if r.payload.digest == "kept"]
+    there = slice(resident.extent.start, resident.extent.end)
+    assert torch.equal(engine.pool.keys[0][there].transpose(0, 1), kv[0, 0])
+    before = loop.stats()
+    assert before.prefixes_preloaded == 1
+    kept, _ = collect(submit(loop, request("kept", prefix=prefix)))
+    assert (loop.stats().prefix_hits, loop.stats().prefix_misses) == (before.prefix_hits + 1, before.prefix_misses)
+    loop.release("kept", "me")
+    assert loop.preloaded() == {}
+    assert loop.stats().kv_slots_used < before.kv_slots_used
+    assert collect(submit(loop, request("again", prefix=prefix)))[0] == kept
+
+
+def test_a_preload_that_fails_says_so_and_the_engine_goes_on(loop, engine, monkeypatch, caplog):
+    prefix = PrefixPayload("kept", 4, 4, True, random_kv(engine.frozen, 4))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.pool, "apply", lambda transfer: 1 / 0)
+        with pytest.raises(GenerationFailed, match="ZeroDivisionError"):
+            loop.preload(prefix, "me").result(timeout=20)
+    assert "a step failed" in caplog.text
+    assert collect(submit(loop, request("fine")))[1].finish_reason is FinishReason.LENGTH
+    loop.release("kept", "me")
+
+
+def test_whoever_waits_for_a_preload_when_the_loop_stops_is_told(engine):
+    idle = EngineLoop(engine)
+    prefix = PrefixPayload("kept", 4, 4, True, random_kv(engine.frozen, 4))
+    waiting = idle.preload(prefix, "me")
+    left = idle.preload(prefix, "me")
+    left.cancel()
+    idle.stop("going down")
+    with pytest.raises(GenerationFailed, match="going down"):
+        waiting.result(timeout=20)
+    with pytest.raises(GenerationFailed):
+        idle.preload(prefix, "me")
+    idle.release("kept", "me")

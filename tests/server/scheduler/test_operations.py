@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from prefix_store.errors import Overloaded
+from prefix_store.errors import Conflict, InvalidRequest, Overloaded
 from server.scheduler.limits import Limits
 from server.scheduler.messages import FinishReason, GenerationRequest, PrefixPayload
 from server.scheduler.plan import RowResult
@@ -32,7 +32,7 @@ class Operations(RuleBasedStateMachine):
         self.unanswered: set[str] = set()
 
     @initialize(
-        slots=st.integers(100, 180),
+        slots=st.integers(100, 260),
         rows=st.integers(1, 8),
         step_tokens=st.integers(1, 40),
         waiting=st.integers(1, 12),
@@ -41,7 +41,8 @@ class Operations(RuleBasedStateMachine):
     def start(self, slots: int, rows: int, step_tokens: int, waiting: int, headroom: int) -> None:
         self.patch = mock.patch("server.scheduler.scheduler.HEADROOM", headroom)
         self.patch.start()
-        self.scheduler = Scheduler(Limits(slots, rows, step_tokens, 100, waiting), frozenset({EOS}), lambda: self.now)
+        limits = Limits(slots, rows, step_tokens, 100, waiting, memory_slots=25)
+        self.scheduler = Scheduler(limits, frozenset({EOS}), lambda: self.now)
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
@@ -87,6 +88,7 @@ class Operations(RuleBasedStateMachine):
         self.answer(self.scheduler.expire())
         plan = self.scheduler.schedule()
         assert bool(plan.rows) == bool(self.unanswered)
+        assert not self.scheduler.space.preloads.missing
         assert sum(row.count for row in plan.rows) <= self.scheduler.limits.step_tokens
         assert len({row.sequence for row in plan.rows}) == len(plan.rows)
         assert all(row.sequence in self.scheduler.running and row.count > 0 for row in plan.rows)
@@ -98,6 +100,18 @@ class Operations(RuleBasedStateMachine):
         event = self.scheduler.abort(f"{index}", FinishReason.ABORT)
         assert (event is not None) == (f"{index}" in self.unanswered)
         self.answer([event] if event is not None else [])
+
+    @rule(prefix=st.sampled_from(PREFIXES[1:]), holder=st.sampled_from(TENANTS))
+    def preload(self, prefix: PrefixPayload, holder: str) -> None:
+        space = self.scheduler.space
+        try:
+            space.preload(prefix, holder)
+        except (Conflict, InvalidRequest):
+            assert space.preloads.slots + prefix.slots > self.scheduler.limits.preloadable
+
+    @rule(prefix=st.sampled_from(PREFIXES[1:]), holder=st.sampled_from(TENANTS))
+    def release(self, prefix: PrefixPayload, holder: str) -> None:
+        self.scheduler.space.release(prefix.digest, holder)
 
     @precondition(lambda self: self.made > 20)
     @rule()

@@ -50,6 +50,14 @@ def test_the_ends_of_every_range_are_taken():
     SamplingParams(repetition_penalty=100.0, logprobs=20, seed=-(2**63))
 
 
+def test_only_an_echo_may_ask_for_no_tokens():
+    SamplingParams(max_tokens=0, echo=True)
+    with pytest.raises(InvalidRequest, match="from 1 to 1000000, got 0"):
+        SamplingParams(max_tokens=0)
+    with pytest.raises(InvalidRequest):
+        SamplingParams(max_tokens=-1, echo=True)
+
+
 def test_too_many_min_tokens_are_refused_with_what_they_may_be():
     with pytest.raises(InvalidRequest, match="min_tokens must be from 0 to max_tokens, which is 4, got 5"):
         SamplingParams(max_tokens=4, min_tokens=5)
