@@ -19,7 +19,7 @@ serve: .venv/.installed ## server on 127.0.0.1:8000 and a trainer worker beside 
 	@exec $(BIN)/antefix serve --worker
 
 test: .venv/.installed ## everything that proves correctness
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/.installed ## lint and the fast tests
 	$(MAKE) --no-print-directory lint

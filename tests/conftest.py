@@ -15,6 +15,12 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # files go to workers whole: the long ones first, so that no worker is left alone with one at the end
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture
 def record_worst(record_property: Callable[[str, object], None]) -> Callable[[str, float], None]:
     """Notes the largest logit difference that a test saw for a family."""

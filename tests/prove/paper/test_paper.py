@@ -102,6 +102,7 @@ def test_a_run_tells_what_it_took(arm: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_ablation_is_asked_where_attention_goes(
     arm: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("tests.prove.paper.tasks.TEST", 12)
     monkeypatch.setattr("tests.prove.paper.tasks.DEV", 4)
     task = {"name": "e2e", "few": 8, "unseen": False}
     found = runs.measure({"task": task, "arm": arm, "rate": 0.1, "seed": 0, "steps": 2, "options": options})
