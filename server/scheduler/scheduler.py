@@ -5,7 +5,7 @@ A step is `plan = schedule()`, the engine runs it, `events = commit(plan, result
 1. a tenant that waits and has no row is let in, if need be at the cost of the newest row of whoever has the most;
 2. rows that decode go on, one token each;
 3. prompts that have begun go on, in chunks: what is left of the token budget is shared equally between tenants, and
-   while others decode it is no more than makes the step take twice as long, unless prompts have piled up;
+   while others decode it is no more than makes the step take 1.7 times as long, unless prompts have piled up;
 4. with the rest, and with half of it where a single prompt has begun, whoever waits is admitted, least service first;
    within a tenant, in order of arrival.
 

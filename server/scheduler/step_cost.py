@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 # Of the newest step in a running mean.
 WEIGHT = 0.1
+# What prompts may add to a step, of its time without them. Costs scatter, and growing contexts make them lag behind: to
+# keep the slowest steps below twice the usual ones, the aim is lower.
+ADDED = 0.7
 # A step slower than so many times what was expected counts as that: something else held the machine.
 OUTLIER = 4.0
 
@@ -53,9 +56,9 @@ class StepCost:
         self._added.add(prompt_tokens, added)
 
     def bearable(self, decoding: int) -> int | None:
-        """Prompt tokens that make a step of so many rows take twice as long; None as long as nobody can tell."""
+        """Prompt tokens that add ADDED to a step of so many rows; None as long as nobody can tell."""
         alone, each = self._alone(decoding), self._each()
-        return int(alone / each) if alone is not None and each is not None else None
+        return int(ADDED * alone / each) if alone is not None and each is not None else None
 
     def _alone(self, decoding: int) -> float | None:
         """Seconds of a step that only decodes, from the mean of the most similar number of rows."""

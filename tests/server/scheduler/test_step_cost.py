@@ -6,7 +6,7 @@ import pytest
 
 from server.scheduler.plan import RowResult
 from server.scheduler.scheduler import Scheduler
-from server.scheduler.step_cost import StepCost
+from server.scheduler.step_cost import ADDED, StepCost
 from tests.server.scheduler.test_scheduler import Clock, make, request
 
 
@@ -21,11 +21,11 @@ def learn(cost: StepCost, fixed: float, each: float, steps: int = 60, most: int 
 
 
 @pytest.mark.parametrize(("fixed", "each"), [(0.010, 0.001), (0.004, 0.00001), (0.001, 0.002)])
-def test_as_many_prompt_tokens_as_double_the_step(fixed: float, each: float) -> None:
+def test_as_many_prompt_tokens_as_add_a_share_of_the_step(fixed: float, each: float) -> None:
     cost = StepCost()
     learn(cost, fixed, each)
-    assert cost.bearable(12) == pytest.approx(fixed / each + 12, rel=0.05, abs=2)
-    assert cost.bearable(100) == pytest.approx(fixed / each + 100, rel=0.05, abs=2), "no step was like this"
+    assert cost.bearable(12) == pytest.approx(ADDED * (fixed / each + 12), rel=0.05, abs=2)
+    assert cost.bearable(100) == pytest.approx(ADDED * (fixed / each + 100), rel=0.05, abs=2), "no step was like this"
 
 
 def test_nobody_can_tell_without_both_kinds_of_step() -> None:
@@ -55,11 +55,11 @@ def test_an_outlier_is_forgotten_by_the_steps_that_it_still_allows(seconds: floa
     cost.note(8, 0, 0.0108)
     cost.note(8, 400, seconds)
     learn(cost, 0.010, 0.0001, steps=400)
-    assert cost.bearable(8) == pytest.approx(108, rel=0.1)
+    assert cost.bearable(8) == pytest.approx(ADDED * 108, rel=0.1)
     for _ in range(3):
         cost.note(8, 0, seconds)
     learn(cost, 0.010, 0.0001, steps=100)
-    assert cost.bearable(8) == pytest.approx(108, rel=0.1)
+    assert cost.bearable(8) == pytest.approx(ADDED * 108, rel=0.1)
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0])
@@ -94,7 +94,7 @@ def warm(**limits: int) -> tuple[Scheduler, Clock]:
     return scheduler, clock
 
 
-def test_a_prompt_lets_a_step_take_twice_as_long_and_no_more() -> None:
+def test_a_prompt_lets_a_step_take_so_much_longer_and_no_more() -> None:
     scheduler, clock = warm()
     for index in range(8):
         scheduler.add(request(f"{index}", prompt=4, new=200), seed=0)
@@ -102,7 +102,7 @@ def test_a_prompt_lets_a_step_take_twice_as_long_and_no_more() -> None:
         step(scheduler, clock)
     scheduler.add(request("long", prompt=400), seed=0)
     sizes = [sum(step(scheduler, clock)) for _ in range(5)]
-    assert sizes == pytest.approx([8 + 28] * 5, abs=3)
+    assert sizes == pytest.approx([8 + ADDED * 28] * 5, abs=3)
 
 
 def test_a_prompt_that_delays_nobody_takes_the_whole_step() -> None:
