@@ -121,6 +121,8 @@ class ChatBody(AnswerBody):
         "tools": ([],),
         "functions": ([],),
         "modalities": (["text"],),
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
     }
 
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)]
@@ -137,6 +139,11 @@ class ChatBody(AnswerBody):
 
 class TokenizeBody(LenientBody):
     """POST /tokenize: a text, messages in the chat template, or an example as training takes it."""
+
+    HARMLESS: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+    }
 
     model: str | None = Field(default=None, min_length=1)
     prompt: str | None = None

@@ -73,7 +73,7 @@ class StructuredOutputs(BaseModel):
         }
         given = [Source(kind, _text(what)) for kind, what in asked.items() if what is not None]
         if len(given) != 1:
-            names = ", ".join(asked)
+            names = ", ".join([*asked, "json_object"])
             raise InvalidRequest(f"structured_outputs must have one of {names}", param="structured_outputs")
         return given[0]
 
@@ -98,6 +98,8 @@ async def load(
         return None
     param = "response_format" if outputs is None else "structured_outputs"
     source = Source(Kind.JSON, _text(schema)) if outputs is None else outputs.source
+    if source.kind is Kind.JSON:
+        _check_counts(source.text, param)
     found = services.grammars.find(caller.tenant, source)
     if found is not None:
         return found
@@ -105,6 +107,31 @@ async def load(
     async with services.compiling_of.setdefault(caller.tenant, anyio.Lock()):
         compiled = partial(services.grammars.compile, caller.tenant, source, param)
         return await to_thread.run_sync(compiled, limiter=services.compiling)
+
+
+def _check_counts(schema: str, param: str) -> None:
+    """Raises InvalidRequest for a `minProperties` that an answer could reach by saying a name twice.
+
+    A grammar cannot remember names; only those that are required are sure to differ.
+    """
+    try:
+        left = [json.loads(schema)]
+    except ValueError:
+        return  # the compiler says what is wrong with it
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            least, required = part.get("minProperties"), part.get("required")
+            named = len(set(map(str, required))) if isinstance(required, list) else 0
+            if isinstance(least, int) and least > max(1, named):
+                raise InvalidRequest(
+                    f"minProperties: {least} is more than the {named} required properties, and others could repeat: "
+                    "name them in `required`",
+                    param=param,
+                )
+            left.extend(part.values())
+        elif isinstance(part, list):
+            left.extend(part)
 
 
 def _text(asked: Any) -> str:

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from server.api.openai_schemas import ChatBody, CompletionBody
+from prefix_store.errors import InvalidRequest
+from server.api.openai_schemas import ChatBody, CompletionBody, LenientBody, TokenizeBody
 
 
 def read(**fields: Any) -> CompletionBody:
@@ -40,3 +41,12 @@ def test_a_million_wrong_items_do_not_keep_others_waiting(client: TestClient, pr
     reply = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
     assert reply.status_code == 400
     assert time.monotonic() - begun < 8
+
+
+@pytest.mark.parametrize("kind", [ChatBody, TokenizeBody])
+@pytest.mark.parametrize("field", [{"add_generation_prompt": False}, {"continue_final_message": True}])
+def test_another_rendering_than_the_servers_is_refused(kind: type[LenientBody], field: dict[str, bool]) -> None:
+    asked = {"model": "plays", "messages": [{"role": "user", "content": "hi"}]}
+    kind.model_validate(asked | {name: not value for name, value in field.items()})
+    with pytest.raises(InvalidRequest, match="is not supported"):
+        kind.model_validate(asked | field)

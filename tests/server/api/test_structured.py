@@ -174,6 +174,11 @@ def test_a_stop_string_ends_it_early(live: Live) -> None:
         ({"structured_outputs": {"choice": [1]}}, "structured_outputs", "string"),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs", "EOF"),
         ({"structured_outputs": {"json": []}}, "structured_outputs", "object"),
+        (
+            {"structured_outputs": {"json": {"type": "array", "items": {"type": "object", "minProperties": 2}}}},
+            "structured_outputs",
+            "2 is more than the 0 required properties",
+        ),
         ({"structured_outputs": {"grammar": "nonsense"}}, "structured_outputs", ""),
         ({"response_format": AS_OPENAI, "structured_outputs": {"regex": "a"}}, "structured_outputs", "both"),
     ],
