@@ -18,7 +18,7 @@ from prefix_store.model import modules
 from server.engine import compiled
 
 FOLDER = Path(__file__).parent
-SOURCES = (FOLDER / "fused.c", FOLDER / "fused_rows.h")
+SOURCES = (FOLDER / "fused.c", FOLDER / "fused_rows.h", FOLDER / "bfloat16.h")
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 # Largest difference; half precision is rounded once here, and after each kernel there.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 0.1}

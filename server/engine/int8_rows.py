@@ -15,7 +15,7 @@ import torch
 from server.engine import compiled
 
 FOLDER = Path(__file__).parent
-SOURCES = (FOLDER / "int8_rows.c", FOLDER / "int8_rows.h")
+SOURCES = (FOLDER / "int8_rows.c", FOLDER / "int8_rows.h", FOLDER / "bfloat16.h")
 LARGEST = 127
 # oneDNN's fast product takes unsigned activations, and takes the zero point out again in integers, exactly.
 ZERO_POINT = 128

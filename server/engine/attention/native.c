@@ -7,6 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "../bfloat16.h"
+
 enum { PART, MASK, Q_LO, Q_HI, KV_LO, KV_HI, Q_POS, KV_POS, FIELDS }; /* WorkItem.as_tuple */
 enum { FULL, CAUSAL, WINDOW };
 enum { AT_ONCE = 8 }; /* slots between two looks at another head: enough to keep its query in registers */
@@ -37,11 +39,6 @@ static inline float exponential(float x) {
   union { int32_t i; float f; } two;
   two.i = ((int32_t)whole + 127) << 23;
   return p * two.f;
-}
-
-static inline float from_bfloat16(uint16_t x) {
-  union { uint32_t i; float f; } wide = {(uint32_t)x << 16};
-  return wide.f;
 }
 
 #define NUMBER float

@@ -16,7 +16,7 @@ from server.engine.attention import cpu, segments
 from server.engine.attention.work import Mask, Part, WorkItem
 
 FOLDER = Path(__file__).parent
-SOURCES = tuple(FOLDER / name for name in ("native.c", "native_rows.h", "native_blocks.h"))
+SOURCES = tuple(FOLDER / name for name in ("native.c", "native_rows.h", "native_blocks.h", "../bfloat16.h"))
 DTYPES = (torch.float32, torch.bfloat16)
 FEW = 8  # queries of an item that go one after another: that reads keys as they lie, and packs nothing
 TOLERANCE = 1e-5
