@@ -96,17 +96,17 @@ class Ledger:
 def run(kills: int = KILLS, kinds: Sequence[str] | None = None) -> dict[str, Any]:
     """Every kind of store in turn, in chunks; a run that was interrupted goes on with the next chunk."""
     kept = Kept(SECTION, CACHE if kills == KILLS else None)
-    killed_writers.shorten()
     kinds = kinds or at_hand()
     shares = sum(SHARES[kind] for kind in kinds)
     found: dict[str, Any] = {}
     for kind in kinds:
         share = kills * SHARES[kind] // shares
         chunks = [min(CHUNK, share - start) for start in range(0, share, CHUNK)]
-        parts = [
-            kept.part(f"{kind} {number}", lambda number=number, size=size, kind=kind: _chunk(kind, number, size))
-            for number, size in enumerate(chunks)
-        ]
+        with killed_writers.short_chunks():
+            parts = [
+                kept.part(f"{kind} {number}", lambda number=number, size=size, kind=kind: _chunk(kind, number, size))
+                for number, size in enumerate(chunks)
+            ]
         found[kind] = _total(parts)
     kept.clear()
     return {"kills": sum(each["kills"] for each in found.values()), "kinds": found}

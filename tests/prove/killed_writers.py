@@ -6,6 +6,7 @@ What each began and what it was told comes out as JSON lines; `"end"` closes a r
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -14,7 +15,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,9 +39,14 @@ WRITERS = 2
 PATIENCE = 20.0
 
 
-def shorten() -> None:
-    """Makes a blob in Redis be of several chunks, for whoever writes and whoever reads."""
-    redis_blobs.CHUNK_BYTES = CHUNK_BYTES
+@contextlib.contextmanager
+def short_chunks() -> Iterator[None]:
+    """Meanwhile a blob in Redis is of several chunks, for whoever writes and whoever reads."""
+    usual, redis_blobs.CHUNK_BYTES = redis_blobs.CHUNK_BYTES, CHUNK_BYTES
+    try:
+        yield
+    finally:
+        redis_blobs.CHUNK_BYTES = usual
 
 
 class Writer:
@@ -156,10 +162,10 @@ def main(url: str) -> None:
     """One round a line, until there are no more."""
     torch.set_num_threads(1)  # a pool of threads does not live through a fork
     holds.HOLD_SECONDS = HOLDING
-    shorten()
-    print('"ready"', flush=True)
-    for line in sys.stdin:
-        kill_some(url, **json.loads(line))
+    with short_chunks():
+        print('"ready"', flush=True)
+        for line in sys.stdin:
+            kill_some(url, **json.loads(line))
 
 
 if __name__ == "__main__":
