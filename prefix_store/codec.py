@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors.torch import save, save_file
@@ -12,7 +11,7 @@ from safetensors.torch import save, save_file
 from prefix_store.errors import InvalidPrefix
 from prefix_store.prefix import PrefixManifest
 from prefix_store.safetensors_file import MAX_HEADER, Header, read_header, read_tensors, strict_json
-from prefix_store.tensors import PAYLOADS, PrefixTensors, payload_shape, validate
+from prefix_store.tensors import PrefixTensors, check_shapes, validate
 
 METADATA_KEY = "antefix"
 
@@ -35,7 +34,7 @@ def decode(path: Path) -> tuple[PrefixManifest, PrefixTensors]:
     """Reads a native file from anyone. The tensors own their memory. Raises InvalidPrefix for every flaw."""
     header = read_header(path)
     manifest = _manifest(header)
-    _check_declared(header, manifest)
+    check_shapes(manifest, header.shapes)
     tensors = read_tensors(path)
     validate(manifest, tensors)
     return manifest, tensors
@@ -74,19 +73,6 @@ def _check_header(start: bytes) -> None:
 
 def _manifest(header: Header) -> PrefixManifest:
     if set(header.metadata) != {METADATA_KEY}:
-        raise InvalidPrefix(
-            f"__metadata__: expected the single key {METADATA_KEY!r}, got {_some(header.metadata)}", param="file"
-        )
+        found = sorted(key[:40] for key in header.metadata)[:8]
+        raise InvalidPrefix(f"__metadata__: expected the single key {METADATA_KEY!r}, got {found}", param="file")
     return PrefixManifest.from_json(strict_json(header.metadata[METADATA_KEY], "manifest"))
-
-
-def _check_declared(header: Header, manifest: PrefixManifest) -> None:
-    name, expected = PAYLOADS[manifest.method], payload_shape(manifest)
-    if set(header.shapes) != {name}:
-        raise InvalidPrefix(f"expected the tensor {name!r}, got {_some(header.shapes)}", param="file")
-    if header.shapes[name] != expected:
-        raise InvalidPrefix(f"{name}: expected shape {list(expected)}, got {list(header.shapes[name])}", param="file")
-
-
-def _some(names: Iterable[str]) -> list[str]:
-    return sorted(name[:40] for name in names)[:8]

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from prefix_store.errors import InvalidName, InvalidPrefix, InvalidRequest
-from prefix_store.geometry import ModelGeometry
+from prefix_store.geometry import ModelGeometry, Stack
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 # An alias starts with a letter, so that `name@3` is always a version.
@@ -92,7 +92,8 @@ class PrefixManifest:
 
     `position_offset`: the position of the first real token. `base_digest`: sha256 over the base model's config and
     weights, or None where the file's origin did not say (then geometry alone decides). `template`: text with one
-    `{prompt}` that the server applies to text prompts, or None.
+    `{prompt}` that the server applies to text prompts, or None. `stacks`: those that a KV prefix has keys and values
+    for, `virtual_tokens` in each; a decoder-only model has but the one.
     """
 
     method: Method
@@ -104,20 +105,23 @@ class PrefixManifest:
     feature_map: str | None = None
     query: str = "post_rope"
     template: str | None = None
+    stacks: tuple[Stack, ...] = (Stack.SELF,)
 
     def to_json(self) -> dict[str, Any]:
-        """The object under `__metadata__["antefix"]`, key order fixed."""
-        return {"format": FORMAT, **dataclasses.asdict(self), "geometry": self.geometry.to_json()}
+        """The object under `__metadata__["antefix"]`, key order fixed; `stacks` only where it says something."""
+        whole = {"format": FORMAT, **dataclasses.asdict(self), "geometry": self.geometry.to_json()}
+        stacks = [str(stack) for stack in whole.pop("stacks")]
+        return whole if self.stacks == (Stack.SELF,) else {**whole, "stacks": stacks}
 
     @classmethod
     def from_json(cls, data: Any) -> PrefixManifest:
         """Reads `to_json`'s object. Raises InvalidPrefix with the field, what was expected and what came."""
-        known = ["format", *(field.name for field in dataclasses.fields(cls))]
+        known = ["format", *(field.name for field in dataclasses.fields(cls) if field.name != "stacks")]
         if not isinstance(data, dict):
             raise InvalidPrefix("manifest must be a JSON object", param="file")
         if type(data.get("format")) is not int or data["format"] != FORMAT:
             raise InvalidPrefix(f"manifest.format must be {FORMAT}, got {repr(data.get('format'))[:40]}", param="file")
-        unknown, missing = sorted(set(data) - set(known)), sorted(set(known) - set(data))
+        unknown, missing = sorted(set(data) - {*known, "stacks"}), sorted(set(known) - set(data))
         if unknown or missing:
             raise InvalidPrefix(
                 f"manifest fields: missing {missing}, unknown {[key[:40] for key in unknown]}", param="file"
@@ -133,6 +137,7 @@ class PrefixManifest:
                 feature_map=_optional(data, "feature_map", r"elu|gelu"),
                 query=data["query"],
                 template=_optional(data, "template", r"(?s).*"),
+                stacks=_stacks(data),
             )
         except (ValueError, TypeError) as error:
             raise InvalidPrefix(f"manifest: {str(error)[:300]}", param="file") from None
@@ -150,8 +155,23 @@ class PrefixManifest:
             )
         if (self.feature_map is not None) != (self.method is Method.PREFIX_PLUS):
             raise InvalidPrefix("manifest.feature_map belongs to prefix_plus and only there", param="file")
+        if self.method not in (Method.PREFIX, Method.TEXT) and self.stacks != (Stack.SELF,):
+            raise InvalidPrefix(f"manifest.stacks belong to KV prefixes, not to {self.method}", param="file")
+        if not set(self.stacks) <= set(self.geometry.stacks):
+            raise InvalidPrefix(
+                f"manifest.stacks: a model without an encoder has only 'self', got {list(map(str, self.stacks))}",
+                param="file",
+            )
         if self.template is not None:
             check_template(self.template)
+
+
+def _stacks(data: dict[str, Any]) -> tuple[Stack, ...]:
+    """In the order of `Stack`, so that one set of stacks is one manifest."""
+    stacks = data.get("stacks", [Stack.SELF])
+    if not isinstance(stacks, list) or not stacks or len({*map(str, stacks)}) != len(stacks):
+        raise ValueError(f"stacks must be one or more of {', '.join(Stack)}, each once")
+    return tuple(sorted(map(Stack, stacks), key=list(Stack).index))
 
 
 def _count(data: dict[str, Any], key: str) -> int:

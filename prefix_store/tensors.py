@@ -1,17 +1,23 @@
-"""A prefix's numbers in their canonical layouts, and the check that they are what the manifest says."""
+"""A prefix's numbers in their canonical layouts, and the check that they are what the manifest says.
+
+A KV prefix has one tensor for each of its stacks, `self.kv` being the decoder's own; the other methods have one.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from prefix_store.errors import InvalidPrefix, PrefixMismatch
-from prefix_store.geometry import ModelGeometry
+from prefix_store.geometry import ModelGeometry, Stack
 from prefix_store.prefix import Method, PrefixManifest
 
-# tensor name in the native file, by method
+STACKS = {stack: f"{stack}.kv" for stack in Stack}
+# tensor name in the native file, by method; a KV prefix of an encoder-decoder model may have others, by `STACKS`
 PAYLOADS = {
-    Method.PREFIX: "self.kv",
-    Method.TEXT: "self.kv",
+    Method.PREFIX: STACKS[Stack.SELF],
+    Method.TEXT: STACKS[Stack.SELF],
     Method.PROMPT: "embeds",
     Method.PREFIX_PLUS: "memory",
 }
@@ -22,32 +28,45 @@ LARGEST = 1e6
 PrefixTensors = dict[str, torch.Tensor]
 
 
-def payload_shape(manifest: PrefixManifest) -> tuple[int, ...]:
-    """Canonical shape: KV `[L, 2, Hkv, P, D]`, embeds `[P, E]`, memory `[L, Hq, D, D]`."""
-    geometry, length = manifest.geometry, manifest.virtual_tokens
+def shapes(manifest: PrefixManifest) -> dict[str, tuple[int, ...]]:
+    """Every tensor's name and shape: KV `[L, 2, Hkv, P, D]` by stack, embeds `[P, E]`, memory `[L, Hq, D, D]`."""
+    geometry, length, name = manifest.geometry, manifest.virtual_tokens, PAYLOADS[manifest.method]
     if manifest.method is Method.PROMPT:
-        return length, geometry.hidden_size
+        return {name: (length, geometry.hidden_size)}
     if manifest.method is Method.PREFIX_PLUS:
-        return geometry.layers, geometry.query_heads, geometry.head_dim, geometry.head_dim
-    return geometry.layers, 2, geometry.kv_heads, length, geometry.head_dim
+        return {name: (geometry.layers, geometry.query_heads, geometry.head_dim, geometry.head_dim)}
+    return {STACKS[stack]: _kv_shape(geometry.kv_shape_of(stack), length) for stack in manifest.stacks}
+
+
+def _kv_shape(shape: tuple[int, int, int, int], length: int) -> tuple[int, ...]:
+    layers, two, heads, size = shape
+    return layers, two, heads, length, size
+
+
+def check_shapes(manifest: PrefixManifest, found: Mapping[str, Sequence[int]]) -> None:
+    """Raises InvalidPrefix unless tensors of these names and shapes are exactly those that the manifest declares."""
+    expected = shapes(manifest)
+    if set(found) != set(expected):
+        wanted = " and ".join(repr(name) for name in expected)
+        raise InvalidPrefix(
+            f"expected the tensor{'s' * (len(expected) > 1)} {wanted}, got {sorted(name[:40] for name in found)[:8]}",
+            param="file",
+        )
+    for name, shape in expected.items():
+        if tuple(found[name]) != shape:
+            raise InvalidPrefix(f"{name}: expected shape {list(shape)}, got {list(found[name])}", param="file")
 
 
 def validate(manifest: PrefixManifest, tensors: PrefixTensors) -> None:
     """Raises InvalidPrefix unless the tensors are exactly those the manifest declares, finite and of sane size."""
-    name = PAYLOADS[manifest.method]
-    if set(tensors) != {name}:
-        raise InvalidPrefix(
-            f"expected the tensor {name!r}, got {sorted(key[:40] for key in tensors)[:8]}", param="file"
-        )
-    tensor, expected = tensors[name], payload_shape(manifest)
-    if tuple(tensor.shape) != expected:
-        raise InvalidPrefix(f"{name}: expected shape {list(expected)}, got {list(tensor.shape)}", param="file")
-    if tensor.dtype not in DTYPES:
-        raise InvalidPrefix(f"{name}: expected float32, float16 or bfloat16, got {tensor.dtype}", param="file")
-    # chunks bound the memory of the check; NaN fails the comparison as well
-    for chunk in tensor.flatten().split(1 << 22):
-        if not bool((chunk.abs() <= LARGEST).all()):
-            raise InvalidPrefix(f"{name}: every value must be finite and at most {LARGEST:g} in size", param="file")
+    check_shapes(manifest, {name: tensor.shape for name, tensor in tensors.items()})
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise InvalidPrefix(f"{name}: expected float32, float16 or bfloat16, got {tensor.dtype}", param="file")
+        # chunks bound the memory of the check; NaN fails the comparison as well
+        for chunk in tensor.flatten().split(1 << 22):
+            if not bool((chunk.abs() <= LARGEST).all()):
+                raise InvalidPrefix(f"{name}: every value must be finite and at most {LARGEST:g} in size", param="file")
 
 
 def check_fits(manifest: PrefixManifest, geometry: ModelGeometry, base_digest: str, context_length: int) -> None:

@@ -13,14 +13,19 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MarianConfig,
+    MBartConfig,
     MistralConfig,
     OPTConfig,
+    PegasusConfig,
     Phi3Config,
     PhiConfig,
     PreTrainedConfig,
@@ -28,6 +33,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    T5Config,
 )
 
 from prefix_store.model import frozen
@@ -97,11 +103,52 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 }
 
 
+# More layers in the decoder than in the encoder, and heads of another number and size.
+_BOTH: dict[str, Any] = {
+    "d_model": 48,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 6,
+    "encoder_ffn_dim": 80,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": CONTEXT,
+    "decoder_start_token_id": EOS,
+    "forced_eos_token_id": None,
+    # no byte's, so that an end of text is where a tiny random model says so
+    "pad_token_id": VOCABULARY,
+    "vocab_size": VOCABULARY + 1,
+}
+_T5: dict[str, Any] = {
+    "d_model": 48,
+    "d_kv": 12,  # heads * d_kv is not d_model
+    "d_ff": 80,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 6,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+    "decoder_start_token_id": VOCABULARY,
+    "pad_token_id": VOCABULARY,
+    "vocab_size": VOCABULARY + 1,
+}
+
+ENCODER_DECODERS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "bart": (BartConfig, _BOTH),
+    "mbart": (MBartConfig, _BOTH),
+    "pegasus": (PegasusConfig, _BOTH),
+    "marian": (MarianConfig, {**_BOTH, "decoder_vocab_size": VOCABULARY + 1}),
+    "t5": (T5Config, _T5),
+    "t5_gated": (T5Config, {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+}
+
+
 def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A random float32 causal model of the family with eager attention; equal seeds give equal weights."""
-    config_class, numbers = FAMILIES[family]
+    """A random float32 model of the family with eager attention; equal seeds give equal weights."""
+    config_class, numbers = {**FAMILIES, **ENCODER_DECODERS}[family]
     config = config_class(**{**_SHARED, **numbers})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    maker = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = maker.from_config(config, dtype=torch.float32, attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

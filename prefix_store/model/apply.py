@@ -146,6 +146,8 @@ def attach(frozen: FrozenModel) -> FrozenModel:
     before = frozen.model.config._attn_implementation
     if before == NAME:
         return frozen
+    if frozen.is_encoder_decoder:
+        raise ModelUnsupported(f"{frozen.geometry.family}: encoder-decoder models cannot be trained for yet")
     strange = set(getattr(frozen.model.config.get_text_config(), "layer_types", None) or ()) - LAYER_TYPES
     if strange:
         raise ModelUnsupported(f"layers of type {', '.join(sorted(strange))} cannot take a prefix yet")

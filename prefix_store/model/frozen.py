@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
 from prefix_store.errors import ModelUnsupported
-from prefix_store.geometry import ModelGeometry
+from prefix_store.geometry import EncoderGeometry, ModelGeometry
+from prefix_store.model import sites
 
 BUNDLED = Path(__file__).parent.parent / "bundled" / "model"
 BUNDLED_NAME = "antefix-demo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # These rotate every row of a packed batch by the longest row's length, so a row would depend on its neighbours.
 BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+# T5's positions are relative, so nothing ends at the length that it was trained on
+RELATIVE_LENGTH = 512
 _WEIGHTS = (".safetensors", ".bin")
 _TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
@@ -26,7 +29,8 @@ _TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 class FrozenModel:
     """A language model in eval mode whose parameters need no gradient.
 
-    `context_length` is in tokens, virtual tokens included. `digest` is the `base_digest` of prefixes made from it.
+    `context_length` is in tokens, virtual tokens included; an encoder-decoder model's holds for source and answer each.
+    `digest` is the `base_digest` of prefixes made from it.
     """
 
     model: PreTrainedModel
@@ -45,6 +49,18 @@ class FrozenModel:
     def dtype(self) -> torch.dtype:
         """What the weights are."""
         return self.model.dtype
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether an encoder reads the prompt, and a decoder of its own writes the answer."""
+        return self.geometry.encoder is not None
+
+    @property
+    def start_id(self) -> int:
+        """The token that every answer of an encoder-decoder model begins with, unseen by the user."""
+        configured = getattr(self.model.generation_config, "decoder_start_token_id", None)
+        start = configured if configured is not None else self.model.config.decoder_start_token_id
+        return int(start)
 
     @property
     def vocabulary_size(self) -> int:
@@ -76,7 +92,8 @@ def load(source: str | Path, *, device: str = "cpu", dtype: str = "float32", nam
         config = AutoConfig.from_pretrained(folder)
         _check_config(config)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = _load_whole(folder, dtype).to(_available(device))
+        maker = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = _load_whole(maker, folder, dtype).to(_available(device))
     except ModelUnsupported:
         raise
     except Exception as error:  # whatever a damaged folder makes of transformers, it is one line to the operator
@@ -90,38 +107,60 @@ def load(source: str | Path, *, device: str = "cpu", dtype: str = "float32", nam
 def freeze(model: PreTrainedModel, tokenizer: Any, *, digest: str, name: str) -> FrozenModel:
     """Wraps a model made elsewhere; its parameters stop needing gradients."""
     model.eval().requires_grad_(False)
-    # GPT-2 warns about padding by looking for the pad id in every batch, which costs a device sync a step
-    model.config.pad_token_id = None
+    if model.config.is_encoder_decoder:
+        sites.mark(model)
+    else:
+        # GPT-2 warns about padding by looking for the pad id in every batch, which costs a device sync a step
+        model.config.pad_token_id = None
     return FrozenModel(model, tokenizer, measure(model), digest, name, context_length(model.config))
 
 
 def measure(model: PreTrainedModel) -> ModelGeometry:
     """Reads the geometry off a two-token prefill: configs name these numbers in a dozen ways, the cache in one."""
     probe = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    both = model.config.is_encoder_decoder
+    config: Any = model.config if both else model.config.get_text_config()
+    inputs = {"decoder_input_ids": probe} if both else {}
     with torch.inference_mode():
-        cache: Any = getattr(model(probe, use_cache=True), "past_key_values", None)
+        cache: Any = getattr(model(probe, **inputs, use_cache=True), "past_key_values", None)
+    cache = getattr(cache, "self_attention_cache", cache)
     if not getattr(cache, "layers", None):
         raise ModelUnsupported(f"{model.config.model_type}: the model keeps no keys and values a prefix could join")
     shapes = {(layer.keys.shape, layer.values.shape) for layer in cache.layers}
     if len(shapes) != 1 or len({shape for pair in shapes for shape in pair}) != 1:
         raise ModelUnsupported("layers with unequal key and value shapes cannot be served yet")
     _, kv_heads, _, head_dim = cache.layers[0].keys.shape
-    config = model.config.get_text_config()
-    if len(cache.layers) != config.num_hidden_layers:
+    if len(cache.layers) != _first(config, "decoder_layers", "num_decoder_layers", "num_hidden_layers"):
         raise ModelUnsupported("layers that share keys and values cannot be served yet")
     return ModelGeometry(
         family=config.model_type,
         layers=len(cache.layers),
-        query_heads=config.num_attention_heads,
+        query_heads=_first(config, "decoder_attention_heads", "num_attention_heads"),
         kv_heads=kv_heads,
         head_dim=head_dim,
         hidden_size=config.hidden_size,
+        encoder=_encoder(config) if both else None,
     )
+
+
+def _encoder(config: Any) -> EncoderGeometry:
+    """BART's and T5's names; the families after them have kept one or the other."""
+    heads = _first(config, "encoder_attention_heads", "num_attention_heads")
+    head_dim = getattr(config, "d_kv", None) or config.hidden_size // heads
+    return EncoderGeometry(layers=_first(config, "encoder_layers", "num_layers"), heads=heads, head_dim=head_dim)
+
+
+def _first(config: Any, *names: str) -> int:
+    """The first of these numbers that a config has."""
+    return next(int(value) for value in (getattr(config, name, None) for name in names) if value is not None)
 
 
 def context_length(config: Any) -> int:
     """Positions the model was made for, virtual tokens included."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    if positions is None and hasattr(text, "relative_attention_num_buckets"):
+        return RELATIVE_LENGTH
     if positions is None:
         raise ModelUnsupported(f"{config.model_type}: the model's config names no max_position_embeddings")
     return int(positions)
@@ -157,9 +196,9 @@ def _folder(source: str | Path) -> Path:
         ) from error
 
 
-def _load_whole(folder: Path, dtype: str) -> Any:
+def _load_whole(maker: Any, folder: Path, dtype: str) -> Any:
     """The model, if the checkpoint has all of it: transformers draws what it lacks at random, anew in each process."""
-    both: Any = AutoModelForCausalLM.from_pretrained(
+    both: Any = maker.from_pretrained(
         folder, dtype=DTYPES[dtype], attn_implementation="eager", output_loading_info=True
     )
     model, loaded = both
@@ -176,8 +215,6 @@ def _available(device: str) -> torch.device:
 
 
 def _check_config(config: Any) -> None:
-    if config.is_encoder_decoder:
-        raise ModelUnsupported(f"{config.model_type}: encoder-decoder models cannot be served yet")
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     nested = [value for value in rope.values() if isinstance(value, dict)] or [rope]
     for parameters in nested:

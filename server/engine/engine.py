@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from prefix_store.errors import ModelUnsupported
 from prefix_store.model.frozen import FrozenModel
 from server.engine import self_test
 from server.engine.attention import native
@@ -34,6 +35,8 @@ class Engine:
         int8: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        if frozen.is_encoder_decoder:
+            raise ModelUnsupported(f"{frozen.geometry.family}: encoder-decoder models cannot be served yet")
         self.frozen = frozen
         self.limits = replace(limits, memory_slots=memory_slots(frozen.geometry))
         self.scheduler = Scheduler(self.limits, frozen.end_ids, clock)

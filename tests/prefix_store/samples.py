@@ -15,14 +15,17 @@ from prefix_store.backends.redis_client import CHUNK
 from prefix_store.catalog import Catalog
 from prefix_store.codec import digest_of
 from prefix_store.files import StoredFile
-from prefix_store.geometry import ModelGeometry
+from prefix_store.geometry import EncoderGeometry, ModelGeometry
 from prefix_store.jobs import JobStatus, TrainingJob, TrainingSpec
 from prefix_store.name_records import Draft
 from prefix_store.prefix import Method, PrefixManifest, PrefixVersion
 from prefix_store.store import Store
-from prefix_store.tensors import PAYLOADS, PrefixTensors, payload_shape
+from prefix_store.tensors import PrefixTensors, shapes
 
 GEOMETRY = ModelGeometry(family="llama", layers=2, query_heads=4, kv_heads=2, head_dim=3, hidden_size=12)
+BOTH = ModelGeometry(
+    family="bart", layers=3, query_heads=4, kv_heads=4, head_dim=3, hidden_size=12, encoder=EncoderGeometry(2, 2, 6)
+)
 SPEC = TrainingSpec(data_digest="d" * 64, examples=3)
 LENGTH = 5
 
@@ -50,8 +53,8 @@ def manifest(method: Method = Method.PREFIX, **changes: Any) -> PrefixManifest:
 
 
 def tensors(of: PrefixManifest, seed: int = 0, dtype: torch.dtype = torch.float32) -> PrefixTensors:
-    values = torch.randn(payload_shape(of), generator=torch.Generator().manual_seed(seed))
-    return {PAYLOADS[of.method]: values.to(dtype)}
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes(of).items()}
 
 
 def raw(header: Any, data: bytes = b"") -> bytes:

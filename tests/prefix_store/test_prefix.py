@@ -3,8 +3,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefix_store.errors import InvalidName, InvalidPrefix
+from prefix_store.geometry import Stack
 from prefix_store.prefix import Method, PrefixManifest, PrefixRef, PrefixVersion, Window, check_name
-from tests.prefix_store.samples import manifest
+from tests.prefix_store.samples import BOTH, manifest
 
 NAMES = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,63}", fullmatch=True)
 TAILS = st.none() | st.integers(1, 999_999_999) | st.from_regex(r"[a-z][a-z0-9._-]{0,63}", fullmatch=True)
@@ -79,12 +80,34 @@ def test_manifest_round_trip(method):
         ({"template": 3}, "template"),
         ({"template": "{prompt}" + 20_000 * "x"}, "at most 20000 characters"),
         ({"template": "{prompt}{prompt}"}, "template"),
+        ({"stacks": ["cross"]}, "a model without an encoder has only 'self', got \\['cross'\\]"),
         ({"surprise": 1}, "unknown \\['surprise'\\]"),
     ],
 )
 def test_manifest_refuses(change, message):
     with pytest.raises(InvalidPrefix, match=message):
         PrefixManifest.from_json({**manifest().to_json(), **change})
+
+
+@pytest.mark.parametrize("stacks", [[], "self", ["self", "self"], ["middle"], [3], None, {"self": 1}])
+def test_stacks_are_named_once_each(stacks):
+    with pytest.raises(InvalidPrefix, match=r"stacks|middle|3"):
+        PrefixManifest.from_json({**manifest(geometry=BOTH).to_json(), "stacks": stacks})
+
+
+def test_stacks_belong_to_keys_and_values():
+    soft = manifest(Method.PROMPT, geometry=BOTH, stacks=(Stack.ENCODER,))
+    with pytest.raises(InvalidPrefix, match="belong to KV prefixes, not to prompt"):
+        PrefixManifest.from_json(soft.to_json())
+
+
+def test_one_set_of_stacks_is_one_manifest():
+    whole = manifest(geometry=BOTH, stacks=tuple(Stack))
+    data = whole.to_json()
+    assert data["stacks"] == ["self", "cross", "encoder"]
+    assert PrefixManifest.from_json({**data, "stacks": ["encoder", "self", "cross"]}) == whole
+    assert "stacks" not in manifest(geometry=BOTH).to_json()
+    assert PrefixManifest.from_json(manifest(geometry=BOTH).to_json()).stacks == (Stack.SELF,)
 
 
 def test_manifest_refuses_a_missing_field():

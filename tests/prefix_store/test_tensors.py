@@ -4,22 +4,45 @@ import pytest
 import torch
 
 from prefix_store.errors import InvalidPrefix, PrefixMismatch
+from prefix_store.geometry import Stack
 from prefix_store.prefix import Method
-from prefix_store.tensors import LARGEST, check_fits, payload_shape, validate
-from tests.prefix_store.samples import GEOMETRY, manifest, tensors
+from prefix_store.tensors import LARGEST, check_fits, shapes, validate
+from tests.prefix_store.samples import BOTH, GEOMETRY, manifest, tensors
 
 
 @pytest.mark.parametrize(
-    ("method", "shape"),
+    ("method", "expected"),
     [
-        (Method.PREFIX, (2, 2, 2, 5, 3)),
-        (Method.TEXT, (2, 2, 2, 5, 3)),
-        (Method.PROMPT, (5, 12)),
-        (Method.PREFIX_PLUS, (2, 4, 3, 3)),
+        (Method.PREFIX, {"self.kv": (2, 2, 2, 5, 3)}),
+        (Method.TEXT, {"self.kv": (2, 2, 2, 5, 3)}),
+        (Method.PROMPT, {"embeds": (5, 12)}),
+        (Method.PREFIX_PLUS, {"memory": (2, 4, 3, 3)}),
     ],
 )
-def test_payload_shapes(method, shape):
-    assert payload_shape(manifest(method)) == shape
+def test_shapes(method, expected):
+    assert shapes(manifest(method)) == expected
+
+
+def test_shapes_of_an_encoder_decoder_models_stacks():
+    assert shapes(manifest(geometry=BOTH, stacks=tuple(Stack))) == {
+        "self.kv": (3, 2, 4, 5, 3),
+        "cross.kv": (3, 2, 4, 5, 3),
+        "encoder.kv": (2, 2, 2, 5, 6),
+    }
+    assert list(shapes(manifest(geometry=BOTH, stacks=(Stack.CROSS,)))) == ["cross.kv"]
+
+
+def test_a_stack_more_or_less_is_refused():
+    of = manifest(geometry=BOTH, stacks=(Stack.SELF, Stack.ENCODER))
+    sound = tensors(of)
+    validate(of, sound)
+    for bad in ({**sound, "cross.kv": sound["self.kv"]}, {"self.kv": sound["self.kv"]}):
+        with pytest.raises(InvalidPrefix, match=r"expected the tensors 'self.kv' and 'encoder.kv', got"):
+            validate(of, bad)
+    with pytest.raises(InvalidPrefix, match=r"encoder.kv: expected shape \[2, 2, 2, 5, 6\]"):
+        validate(of, {**sound, "encoder.kv": sound["self.kv"]})
+    with pytest.raises(InvalidPrefix, match=r"encoder.kv: every value must be finite"):
+        validate(of, {**sound, "encoder.kv": sound["encoder.kv"] * torch.nan})
 
 
 @pytest.mark.parametrize("method", Method)

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import T5Config
 
 from prefix_store.errors import ModelUnsupported
+from prefix_store.geometry import EncoderGeometry
 from prefix_store.model import frozen
-from tests.models import CONTEXT, FAMILIES, save_tiny, tiny_frozen, tiny_model
+from tests.models import CONTEXT, ENCODER_DECODERS, EOS, FAMILIES, save_tiny, tiny_frozen, tiny_model
 
 
 @pytest.fixture
@@ -62,10 +62,20 @@ def test_a_missing_folder_is_named(tmp_path):
         frozen.load(tmp_path / "absent")
 
 
-def test_an_encoder_decoder_model_is_refused(tmp_path):
-    T5Config(num_layers=1, d_model=8).save_pretrained(tmp_path)
-    with pytest.raises(ModelUnsupported, match="encoder-decoder"):
-        frozen.load(tmp_path)
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+def test_an_encoder_decoder_model_is_measured_on_both_sides(family, tmp_path):
+    model = frozen.load(save_tiny(family, tmp_path))
+    is_t5 = family.startswith("t5")
+    assert model.is_encoder_decoder
+    assert model.geometry.kv_shape == (3, 2, 6, 12 if is_t5 else 8)
+    assert model.geometry.encoder == EncoderGeometry(2, *((6, 12) if is_t5 else (4, 12)))
+    assert model.context_length == CONTEXT
+    assert model.start_id == model.model.config.decoder_start_token_id
+    assert model.end_ids == {EOS}
+
+
+def test_a_decoder_only_model_has_no_encoder(folder):
+    assert not frozen.load(folder).is_encoder_decoder
 
 
 @pytest.mark.parametrize("kind", frozen.BATCH_DEPENDENT_ROPE)
