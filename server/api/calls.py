@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from prefix_store.errors import GenerationFailed
+from server.api import outbox
 from server.scheduler.messages import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
 from server.text import TextStream
 
@@ -74,6 +75,7 @@ class Call:
         self._by_id = {
             request.id: Choice(index, _text_stream(tokenizer, request)) for index, request in enumerate(requests)
         }
+        self._open = len(self._by_id)  # choices without a finish reason
         self.first_token_at: float | None = None
         self.ended_at: float | None = None
 
@@ -90,11 +92,11 @@ class Call:
     @property
     def has_ended(self) -> bool:
         """Whether every choice has a finish reason."""
-        return all(choice.finish_reason is not None for choice in self._by_id.values())
+        return self._open == 0
 
     def submit(self) -> None:
         """Queues all choices or none. Raises what the engine raises for a request that it cannot take."""
-        sink = _sink(asyncio.get_running_loop(), self._events)
+        sink = outbox.sink(self._events)
         try:
             for request in self._requests:
                 self._loop.submit(request, sink)
@@ -130,16 +132,7 @@ class Call:
         text = choice.take(event)
         if choice.stream.stopped and event.finish_reason is None:
             self._loop.abort(event.request_id)
+        self._open -= choice.finish_reason is not None
         if self.has_ended:
             self.ended_at = self._clock()
         return Delta(choice.index, text, choice.finish_reason, tuple(choice.logprobs[known:]))
-
-
-def _sink(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[TokenEvent]) -> Callable[[TokenEvent], None]:
-    """Carries events from the engine's thread into the event loop."""
-
-    def deliver(event: TokenEvent) -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(queue.put_nowait, event)
-
-    return deliver

@@ -35,7 +35,6 @@ from tests.bench.workload import Item, W, Workload
 from tests.e2e.processes import SERVER, Running
 
 SECTION = "http"
-SHORTER = replace(W, new_tokens=32)
 CLIENT_SECONDS = 600.0
 
 
@@ -44,7 +43,7 @@ class Size:
     """How much of it."""
 
     shape: Shape = LLAMA_150M
-    workload: Workload = SHORTER
+    workload: Workload = W
     rounds: int = 3
     slots: int = 32_768
 

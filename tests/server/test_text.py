@@ -151,3 +151,23 @@ def test_what_never_became_a_character_comes_at_the_end() -> None:
     first, *_ = tokenizer("😀", add_special_tokens=False).input_ids
     assert detokenizer.push(first) == ""
     assert detokenizer.flush() == UNFINISHED
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_decoding_by_the_shorter_way_is_the_same(kind):
+    tokenizer = TOKENIZERS[kind]
+    for seed in range(50):
+        draw = random.Random(seed)
+        ids = [draw.randrange(len(tokenizer)) for _ in range(draw.randrange(12))]
+        by_transformers = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert decode(tokenizer, ids) == by_transformers
+
+
+def test_a_tokenizer_with_a_way_of_its_own_is_asked():
+    class Shouting(PreTrainedTokenizerFast):
+        def _decode(self, *args, **kwargs):
+            return super()._decode(*args, **kwargs).upper()
+
+    ids = tiny_tokenizer().encode("abc", add_special_tokens=False)
+    shouting = Shouting(tokenizer_object=tiny_tokenizer().backend_tokenizer)
+    assert (decode(shouting, ids), decode(tiny_tokenizer(), ids)) == ("ABC", "abc")
