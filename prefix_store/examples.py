@@ -32,7 +32,7 @@ def canonical(example: Any) -> Example:
     given = {name: value for name, value in example.items() if value is not None}
     shape = next((shape for fields, shape in SHAPES.items() if set(given) == set(fields)), None)
     if shape is None:
-        _refuse(f"expected an object {EXPECTED}, got {kind(example)}")
+        _refuse(f"expected an object {EXPECTED}, got {kind(example)}{_beyond(given)}")
     return shape(given)
 
 
@@ -201,6 +201,15 @@ def _content(where: str, content: Any) -> str:
         if not isinstance(part, Mapping) or part.get("type") != "text":
             _refuse(f"{where} must be text, and a part of it is none")
     return "\n".join(_text(f"{where}.text", part.get("text")) for part in content)
+
+
+def _beyond(given: Mapping[str, Any]) -> str:
+    """The first field that a whole example has no use for."""
+    for fields in SHAPES:
+        more = [str(name) for name in given if name not in fields]
+        if len(more) == len(given) - len(fields):
+            return f"; {more[0][:40]!r} is no field beside {' and '.join(map(repr, fields))}"
+    return ""
 
 
 def _text(name: str, value: Any) -> str:

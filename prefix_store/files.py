@@ -14,7 +14,7 @@ from typing import Any
 from prefix_store import audit, collection, examples, holds, layout, usage
 from prefix_store.audit import LOCAL
 from prefix_store.backends.base import Backend, Blobs, Transaction
-from prefix_store.errors import NoSuchFile, QuotaExceeded, StoreCorrupt
+from prefix_store.errors import InvalidRequest, NoSuchFile, QuotaExceeded, StoreCorrupt
 from prefix_store.prefix import check_name
 
 PURPOSE = "fine-tune"
@@ -87,9 +87,12 @@ class FileStore:
         return StoredFile.from_json(data)
 
     def page(self, tenant: str, after: str | None, limit: int, *, newest_first: bool = True) -> list[StoredFile]:
-        """The tenant's files in the order they came, or against it; `after` is the last id of the page before."""
+        """The tenant's files in the order they came, or against it; `after` is the last id of the page before.
+
+        That file may have been deleted since: its id still says when it came. Raises InvalidRequest for what is no id.
+        """
         if after is not None and not ID.fullmatch(after):
-            return []
+            raise InvalidRequest(f"after must be the id of a file, got {after[:80]!r}", param="after")
         with self._backend.view() as view:
             page = view.scan(layout.file(tenant), after=after or "", limit=limit, descending=newest_first)
         return [StoredFile.from_json(data) for _, data in page]

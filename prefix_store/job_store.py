@@ -22,6 +22,7 @@ from prefix_store.jobs import (
     CHOSEN_BY_DATA,
     DEFAULTS,
     METHODS_WITH,
+    STARTS_FROM,
     TRAINABLE_OBJECTIVES,
     JobEvent,
     JobStatus,
@@ -62,13 +63,13 @@ class JobStore(JobQueue):
         transaction that queues. `validation`: examples to judge by; none sets some of the others aside. `about`: the
         job's `training_file`, `validation_file` and `metadata`. Raises InvalidName, InvalidTrainingData with the line,
         InvalidRequest with the field, PrefixNotFound for an `init_from` that the tenant may not use, QuotaExceeded, and
-        what `also` raises.
+        what `also` raises. Whether an `init_from` fits the model is for those to say who have one.
         """
         check_name(tenant, "tenant")
         check_name(name)
         data = to_jsonl(examples) + to_jsonl(validation, VALIDATION)
         _check_options(options, methods)
-        source = self._source(tenant, options.get("init_from"))
+        source = self._source(tenant, options.get("init_from"), options.get("method", TrainingSpec.method))
         length, asked = source.get("virtual_tokens"), options.get("virtual_tokens")
         if None not in (length, asked) and length != asked:
             what = f"a prefix that starts from {source['init_from']} has its {length} virtual tokens, not {asked}"
@@ -80,10 +81,11 @@ class JobStore(JobQueue):
             self._blobs.put(data)
             return self._backend.write(partial(_enqueue, job, by, hold, also))
 
-    def _source(self, tenant: str, asked: Any) -> dict[str, Any]:
+    def _source(self, tenant: str, asked: Any, method: str) -> dict[str, Any]:
         """`init_from` as the one version that it means now, for the job may run later, and how long that is.
 
-        What is no reference is left for the specification to refuse.
+        What is no reference is left for the specification to refuse. What a method of an operator's own starts from is
+        for that method to say.
         """
         if not isinstance(asked, str):
             return {"init_from": asked}
@@ -94,6 +96,10 @@ class JobStore(JobQueue):
         version = Catalog(self._backend).find(ref, tenant)
         if version is None:
             raise PrefixNotFound(f"there is no prefix {asked[:80]!r}", param="init_from")
+        able = STARTS_FROM.get(method, (version.method,))
+        if version.method not in able:
+            told = f"method {method} starts from a prefix of method {' or '.join(able)}"
+            raise InvalidRequest(f"{told}, and {version.ref} is of method {version.method}", param="init_from")
         return {"init_from": str(version.ref), "virtual_tokens": version.virtual_tokens}
 
     def job(self, tenant: str, job_id: str) -> TrainingJob | None:
@@ -109,12 +115,15 @@ class JobStore(JobQueue):
         limit: int,
         wanted: Callable[[TrainingJob], bool] = lambda job: True,
     ) -> list[TrainingJob]:
-        """Newest first, only those that are wanted; `after` is the last job id of the page before."""
+        """Newest first, only those that are wanted; `after` is the last job id of the page before.
+
+        Raises InvalidRequest for an `after` that is no job's.
+        """
         jobs: list[TrainingJob] = []
         with self._backend.view() as view:
             last = job_records.find(view, after, tenant) if after is not None else None
             if after is not None and last is None:
-                return []
+                raise InvalidRequest(f"after must be the id of a job, got {after[:80]!r}", param="after")
             before = layout.jobs("jobs", tenant, last.number).rpartition("/")[2] if last is not None else ""
             while len(jobs) < limit:
                 page = view.scan(layout.jobs("jobs", tenant), after=before, limit=limit, descending=True)

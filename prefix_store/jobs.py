@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefix_store.errors import InvalidRequest
-from prefix_store.prefix import check_template
+from prefix_store.prefix import Method, check_template
 
 
 class JobStatus(StrEnum):
@@ -72,6 +72,12 @@ METHODS_WITH = {
     "frozen_tokens": ("prefix", "prefix_mlp"),
     "bottleneck": ("prefix_mlp", "prompt_mlp", "prompt_lstm"),
     "feature_map": ("prefix_plus",),
+}
+# What another prefix must have been tuned as for a built-in method to go on from it.
+STARTS_FROM = {
+    **dict.fromkeys(("prefix", "prefix_mlp"), (Method.PREFIX, Method.TEXT)),
+    **dict.fromkeys(("prompt", "prompt_mlp", "prompt_lstm"), (Method.PROMPT,)),
+    "prefix_plus": (Method.PREFIX_PLUS,),
 }
 METHOD_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 

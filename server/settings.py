@@ -76,5 +76,8 @@ def _refuse_unknown(environment: Mapping[str, str]) -> None:
     known = [*(f"{PREFIX}{name}".upper() for name in Settings.model_fields), *ELSEWHERE]
     for name in sorted(environment):
         if name.startswith(PREFIX) and name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise SystemExit(f"antefix: {name} is not a setting; did you mean {near}?")
+            # without what all have in common, which would make every name near to every other
+            own = [other.removeprefix(PREFIX) for other in known]
+            near = difflib.get_close_matches(name.removeprefix(PREFIX), own, n=1)
+            hint = f"; did you mean {PREFIX}{near[0]}?" if near else ""
+            raise SystemExit(f"antefix: {name} is not a setting{hint}")

@@ -11,7 +11,7 @@ from prefix_store.model import prompt
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import PrefixRef
 from prefix_store.store import Store
-from prefix_store.tensors import PrefixTensors, check_fits
+from prefix_store.tensors import PrefixTensors, check_start
 from trainer.data import Example
 from trainer.methods.start import Start
 
@@ -33,14 +33,9 @@ def _stored(store: Store, job: TrainingJob, frozen: FrozenModel) -> PrefixTensor
     assert spec.init_from is not None
     version = store.prefixes.resolve(PrefixRef.parse(spec.init_from, job.tenant), reader=job.tenant)
     manifest, tensors = store.prefixes.read(version)
-    check_fits(manifest, frozen.geometry, frozen.digest, frozen.context_length)
-    expected = {
-        "virtual_tokens": (spec.virtual_tokens, manifest.virtual_tokens),
-        # a method's prefixes have real tokens behind their virtual ones
-        "position_offset": (manifest.virtual_tokens, manifest.position_offset),
-        "feature_map": (spec.feature_map if manifest.feature_map is not None else None, manifest.feature_map),
-    }
-    for field, (wanted, there) in expected.items():
-        if wanted != there:
-            raise PrefixMismatch(f"{spec.init_from}: expected {field} {wanted}, it has {there}", param="init_from")
+    model = (frozen.geometry, frozen.digest, frozen.context_length)
+    check_start(spec.init_from, manifest, spec.feature_map, *model)
+    if spec.virtual_tokens != manifest.virtual_tokens:
+        told = f"expected virtual_tokens {spec.virtual_tokens}, it has {manifest.virtual_tokens}"
+        raise PrefixMismatch(f"{spec.init_from}: {told}", param="init_from")
     return tensors

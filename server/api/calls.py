@@ -30,11 +30,13 @@ class Delta:
 class Choice:
     """One choice as it grows: text that is certain, tokens used for it, and why it ended.
 
-    `end_logprob` is that of the token that ended it, which is none of its tokens.
+    `echo` is what its text begins with, and comes with its first event, as the echo's logprobs do. `end_logprob` is
+    that of the token that ended it, which is none of its tokens.
     """
 
     index: int
     stream: TextStream
+    echo: str = ""
     text: str = ""
     tokens: int = 0
     finish_reason: FinishReason | None = None
@@ -44,6 +46,7 @@ class Choice:
     def take(self, event: TokenEvent) -> str:
         """Applies an event and returns the text that became certain. Tokens behind a stop string do not count."""
         pieces = []
+        echo, self.echo = self.echo, ""
         for token_id in event.token_ids:
             pieces.append(self.stream.push(token_id))
             self.tokens += 1
@@ -53,7 +56,7 @@ class Choice:
             pieces.append(self.stream.finish())
         self.finish_reason = FinishReason.STOP if self.stream.stopped else event.finish_reason
         self.end_logprob = event.end_logprob
-        self.text += (piece := "".join(pieces))
+        self.text += (piece := echo + "".join(pieces))
         self.logprobs += (*(event.prompt_logprobs or ()), *event.logprobs[: len(pieces)])
         return piece
 
@@ -63,17 +66,24 @@ def _text_stream(tokenizer: Any, request: GenerationRequest) -> TextStream:
 
 
 class Call:
-    """The choices of one prompt in the engine, one request each. Who submits it sees to `abort` when done with it."""
+    """The choices of a call in the engine, one request each. Who submits it sees to `abort` when done with it."""
 
     def __init__(
-        self, loop: EngineLoop, requests: Sequence[GenerationRequest], tokenizer: Any, clock: Callable[[], float]
+        self,
+        loop: EngineLoop,
+        requests: Sequence[GenerationRequest],
+        tokenizer: Any,
+        clock: Callable[[], float],
+        echoes: Sequence[str] | None = None,
     ) -> None:
+        """`echoes`: what the text of each choice begins with, if with anything."""
         self._loop = loop
         self._requests = requests
         self._clock = clock
         self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
         self._by_id = {
-            request.id: Choice(index, _text_stream(tokenizer, request)) for index, request in enumerate(requests)
+            request.id: Choice(index, _text_stream(tokenizer, request), echo)
+            for index, (request, echo) in enumerate(zip(requests, echoes or [""] * len(requests), strict=True))
         }
         self._open = len(self._by_id)  # choices without a finish reason
         self.first_token_at: float | None = None

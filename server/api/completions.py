@@ -65,19 +65,15 @@ async def _begin(body: CompletionBody, services: Services, caller: Caller, begun
 
 
 def _choice(started: Generation, body: CompletionBody, choice: Choice) -> dict[str, Any]:
-    echo = started.prompt_of(choice.index).text if body.echo else ""
     scores = None
     if body.logprobs is not None:
         scores = _scores([*choice.logprobs, *_end(choice, body)], started, _offsets(started, body, choice))
-    return _shown(choice.index, echo + choice.text, choice.finish_reason, scores)
+    return _shown(choice.index, choice.text, choice.finish_reason, scores)
 
 
 async def _pieces(started: Generation, body: CompletionBody) -> Choices:
     choices = started.call.choices
     offsets = [_offsets(started, body, choice) for choice in choices]
-    if body.echo:
-        for choice in choices:
-            yield _shown(choice.index, started.prompt_of(choice.index).text, None, None)
     async for delta in started.call.deltas():
         ended = _end(choices[delta.index], body) if delta.finish_reason else ()
         scores = [*delta.logprobs, *ended]

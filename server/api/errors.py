@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -9,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from prefix_store import errors
 from prefix_store.errors import AntefixError
@@ -41,6 +44,7 @@ HEADERS = {
     409: {"x-should-retry": "false"},  # clients repeat a 409 otherwise, and this one stays
     503: {"retry-after": "1"},
 }
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 STATUS_CODES = {404: "route_not_found", 405: "method_not_allowed"}
 LONGEST = 500
 
@@ -72,16 +76,21 @@ def install(app: FastAPI) -> None:
 
 def invalid(details: list[ErrorDetails] | list[Any]) -> errors.InvalidRequest:
     """The first field that pydantic refused, with everything it said about it, and never with the value."""
-    path = [str(part) for part in details[0]["loc"]]
-    param = path[0] if path else None
-    said = dict.fromkeys(detail["msg"] for detail in details if not path or detail["loc"][:1] == details[0]["loc"][:1])
-    where = f"{_where(path)}: " if path else ""
-    return errors.InvalidRequest(where + "; or ".join(said), param=param)
+    path = _path(details[0]["loc"])
+    said = dict.fromkeys(detail["msg"] for detail in details if _path(detail["loc"])[: len(path)] == path)
+    where = f"{_written(path)}: " if path else ""
+    field = list(takewhile(lambda part: isinstance(part, str), path))
+    return errors.InvalidRequest(where + "; or ".join(said), param=_written(field) or None)
 
 
-def _where(path: list[str]) -> str:
-    """`examples.3.prompt`; the arms of a union, which pydantic adds, mean nothing to a caller."""
-    return ".".join(part[:80] for part in path[:4] if part != "str" and not part.startswith("list["))
+def _path(place: Sequence[str | int]) -> list[str | int]:
+    """Names and numbers that a caller has written; the arms of a union, which pydantic adds, mean nothing to one."""
+    return [part for part in place if part != "str" and not str(part).startswith(("list[", "dict["))]
+
+
+def _written(path: Sequence[str | int]) -> str:
+    """`examples.3.prompt`."""
+    return ".".join(str(part)[:80] for part in path[:4])
 
 
 def _row(error: AntefixError) -> tuple[int, str]:
@@ -115,4 +124,16 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
     assert isinstance(error, HTTPException)
     code = STATUS_CODES.get(error.status_code, "invalid_request")
     kind = INVALID if error.status_code < 500 else SERVER
-    return JSONResponse(_body(str(error.detail), kind, None, code), error.status_code, headers=error.headers)
+    headers = error.headers if error.status_code != 405 else {"allow": ", ".join(_methods(request))}
+    return JSONResponse(_body(str(error.detail), kind, None, code), error.status_code, headers=headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """What may be done at an address: by all of its routes, while Starlette names the first one's methods."""
+
+    def is_there(method: str) -> bool:
+        scope = {**request.scope, "method": method, "path_params": {}}
+        return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+
+    found = [method for method in METHODS if is_there(method)]
+    return ["HEAD", *found] if "GET" in found else found

@@ -30,7 +30,10 @@ class RouteNotFound(NotFound):
 
 @dataclass(frozen=True)
 class Exchange:
-    """ASGI middleware, the outermost: every reply has an id, and no reply has a traceback."""
+    """ASGI middleware, the outermost: every reply has an id, and no reply has a traceback.
+
+    HEAD is served as GET, and answered without the body (RFC 9110, 9.3.2).
+    """
 
     app: ASGIApp
     metrics: Metrics
@@ -43,9 +46,12 @@ class Exchange:
         request_id = _request_id(scope)
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id)
-        await self._serve(scope, receive, _Reply(send, request_id, scope))
+        method = scope["method"]
+        if method == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._serve(method, scope, receive, _Reply(send, request_id, scope, has_body=method != "HEAD"))
 
-    async def _serve(self, scope: Scope, receive: Receive, reply: _Reply) -> None:
+    async def _serve(self, method: str, scope: Scope, receive: Receive, reply: _Reply) -> None:
         begun = time.monotonic()
         try:
             if scope["path"].isprintable():
@@ -60,21 +66,22 @@ class Exchange:
                 raise  # half a reply is out: only closing the connection can say so
             await errors.response(errors.unforeseen())(scope, receive, reply)
         finally:
-            self._record(scope, reply.status or CLIENT_LEFT, time.monotonic() - begun)
+            self._record(method, scope, reply.status or CLIENT_LEFT, time.monotonic() - begun)
 
-    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+    def _record(self, method: str, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "none")
         self.metrics.responses.labels(route, str(status)).inc()
-        _log.info("request", method=scope["method"], route=route, status=status, ms=round(1000 * seconds, 1))
+        _log.info("request", method=method, route=route, status=status, ms=round(1000 * seconds, 1))
 
 
 class _Reply:
     """The sending side: adds the id and what is left of the rates, remembers the status (0 until it is known)."""
 
-    def __init__(self, send: Send, request_id: str, scope: Scope) -> None:
+    def __init__(self, send: Send, request_id: str, scope: Scope, *, has_body: bool) -> None:
         self._send = send
         self._id = request_id
         self._scope = scope
+        self._has_body = has_body
         self.status = 0
 
     async def __call__(self, message: Message) -> None:
@@ -84,6 +91,8 @@ class _Reply:
             headers[ID_HEADER] = self._id
             left = self._scope.get("state", {}).get("rate_headers")  # known once it is known who asks
             headers.update(await left() if left is not None else {})
+        elif not self._has_body:
+            message = {**message, "body": b""}
         await self._send(message)
 
 

@@ -56,7 +56,7 @@ async def show(job_id: str, services: Serving, caller: Calling) -> dict[str, Any
 async def events(
     job_id: str, services: Serving, caller: Calling, after: str | None = None, limit: Limit = 20
 ) -> dict[str, Any]:
-    """A job's history, newest first."""
+    """A job's history, newest first. `after` is an event's id."""
     job = await training.find(services, caller, job_id)
     found = await to_thread.run_sync(_events, services, job, after, limit + 1)
     return openai_views.page([openai_views.event(event) for event in found], limit)
@@ -68,8 +68,12 @@ async def checkpoints(
 ) -> dict[str, Any]:
     """What a job has made that can be used: the version that it published, while there is one."""
     job = await training.find(services, caller, job_id)
-    found = await to_thread.run_sync(_checkpoints, services, job) if after is None else []
-    return openai_views.page(found, limit)
+    found = await to_thread.run_sync(_checkpoints, services, job)
+    if after is None:
+        return openai_views.page(found, limit)
+    if after != openai_views.checkpoint_id(job):
+        raise _unknown("a checkpoint", after)
+    return openai_views.page([], limit)  # there is never more than one
 
 
 @router.post("/{job_id}/cancel")
@@ -101,14 +105,15 @@ def _create(services: Services, caller: Caller, key: str | None, body: FineTunin
         options, name = _options(services, caller, body), _name(services, body.suffix)
         data = _examples(services, caller, body.training_file, "training_file")
         judges = _examples(services, caller, body.validation_file, "validation_file")
-        options = training.for_this_server(services, options, data + judges, "training_file")
 
         def also(transaction: Transaction, job: TrainingJob) -> None:
             keep(transaction, _shown(services, job))
 
         about = {field: getattr(body, field) for field in ABOUT}
         jobs, tenant = services.store.jobs, caller.tenant
-        made = jobs.submit(tenant, name, data, options, services.methods, caller.by, also, judges, about)
+        with body.as_written():
+            options = training.for_this_server(services, caller, options, data + judges, "training_file")
+            made = jobs.submit(tenant, name, data, options, services.methods, caller.by, also, judges, about)
         return _shown(services, made)
 
     return repeats.answer(services, caller, key, ["fine-tune", body.model_dump()], work)
@@ -125,7 +130,8 @@ def _options(services: Services, caller: Caller, body: FineTuningBody) -> dict[s
     if start is None:
         return options
     if "init_from" in options:
-        raise InvalidRequest("the model is a prefix to start from already; leave init_from out", param="init_from")
+        said = "the model is a prefix to start from already; leave antefix.init_from out"
+        raise InvalidRequest(said, param="antefix.init_from")
     return options | {"init_from": str(start.ref)}
 
 
@@ -163,10 +169,17 @@ def _filter(request: Request) -> Callable[[TrainingJob], bool]:
 
 
 def _events(services: Services, job: TrainingJob, after: str | None, limit: int) -> list[JobEvent]:
-    last = 0 if after is None else openai_views.sequence_of(after, job)
-    if last is None:
-        return []
-    return services.store.jobs.events(job.tenant, job.id, last, limit, newest_first=True)
+    jobs, last = services.store.jobs, 0
+    if after is not None:
+        last = openai_views.sequence_of(after, job) or 0
+        there = jobs.events(job.tenant, job.id, last - 1, 1) if last else []
+        if not there or there[0].sequence != last:
+            raise _unknown("an event", after)
+    return jobs.events(job.tenant, job.id, last, limit, newest_first=True)
+
+
+def _unknown(what: str, after: str) -> InvalidRequest:
+    return InvalidRequest(f"after must be the id of {what} of this job, got {after[:80]!r}", param="after")
 
 
 def _checkpoints(services: Services, job: TrainingJob) -> list[dict[str, Any]]:

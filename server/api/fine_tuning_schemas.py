@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from prefix_store.errors import InvalidRequest
+from prefix_store.errors import AntefixError, InvalidRequest
 from prefix_store.jobs import DEFAULTS, TrainingSpec
 from server.api.openai_schemas import LenientBody
 from server.api.schemas import Integer, TrainingOptions
 
 AUTO = "auto"
+# the options that OpenAI has another name or place for
+NAMED_OTHERWISE = re.compile(r"\b(?:epochs|batch_size|learning_rate|init_from)\b")
 
 
 class Hyperparameters(LenientBody):
@@ -38,12 +42,19 @@ class Method(LenientBody):
     """OpenAI's methods, of which only `supervised` is known here; how a prefix is tuned is `antefix.method`."""
 
     HARMLESS: ClassVar[dict[str, tuple[Any, ...]]] = {"type": ("supervised",), "dpo": (), "reinforcement": ()}
+    WHERE: ClassVar[str] = "method."
 
     supervised: Supervised = Supervised()
 
 
+class PrefixOptions(TrainingOptions):
+    """The options that OpenAI has no names for."""
+
+    WHERE: ClassVar[str] = "antefix."
+
+
 class FineTuningBody(LenientBody):
-    """POST /v1/fine_tuning/jobs. `antefix` has the options that OpenAI has no names for."""
+    """POST /v1/fine_tuning/jobs."""
 
     HARMLESS: ClassVar[dict[str, tuple[Any, ...]]] = {"integrations": ([],)}
 
@@ -55,7 +66,7 @@ class FineTuningBody(LenientBody):
     suffix: str | None = None
     seed: Integer | None = None
     metadata: dict[str, str] = Field(default={})
-    antefix: TrainingOptions = TrainingOptions()
+    antefix: PrefixOptions = PrefixOptions()
 
     @model_validator(mode="before")
     @classmethod
@@ -68,30 +79,54 @@ class FineTuningBody(LenientBody):
 
     def options(self) -> dict[str, Any]:
         """Options of a training job. Raises InvalidRequest for one that is given twice and means two things."""
-        found: dict[str, Any] = {}
+        found: dict[str, tuple[str, Any]] = {}
         for where, name, value in self._given():
-            if found.setdefault(name, value) != value:
-                raise InvalidRequest(f"{where} contradicts another value given for {name}", param=where)
-        return found
+            other, known = found.setdefault(name, (where, value))
+            if known != value:
+                raise InvalidRequest(f"{where} contradicts {other}", param=where)
+        return {name: value for name, (_, value) in found.items()}
+
+    @contextmanager
+    def as_written(self) -> Iterator[None]:
+        """Errors about an option become errors about what was written, where it was written."""
+        places = {"init_from": "model"} | {name: where for where, name, _ in self._given()}
+        try:
+            yield
+        except AntefixError as error:
+            if error.param not in places:
+                raise
+            message = NAMED_OTHERWISE.sub(lambda found: places.get(found[0], found[0]), error.message)
+            raise type(error)(message, param=places[error.param]) from None
 
     def _given(self) -> Iterator[tuple[str, str, Any]]:
-        """Where each option stands, its name, and its value."""
+        """Where each option stands, its name, and its value. Raises InvalidRequest for a rate out of bounds."""
         asked = self.antefix.options()
         yield from ((f"antefix.{name}", name, value) for name, value in asked.items())
         if self.seed is not None:
             yield "seed", "seed", self.seed
         rate = default_rate(asked.get("method", TrainingSpec.method))
-        places = {"hyperparameters": self.hyperparameters, "method": self.method.supervised.hyperparameters}
-        for where, given in places.items():
+        places = {"": self.hyperparameters, "method.supervised.": self.method.supervised.hyperparameters}
+        for place, given in places.items():
+            where = f"{place}hyperparameters"
             if given.n_epochs is not None:
-                yield where, "epochs", given.n_epochs
+                yield f"{where}.n_epochs", "epochs", given.n_epochs
             if given.batch_size is not None:
-                yield where, "batch_size", given.batch_size
+                yield f"{where}.batch_size", "batch_size", given.batch_size
             if given.learning_rate_multiplier is not None:
-                yield where, "learning_rate", rate * given.learning_rate_multiplier
+                multiplier = f"{where}.learning_rate_multiplier"
+                yield multiplier, "learning_rate", _multiplied(rate, given.learning_rate_multiplier, multiplier)
 
 
 def default_rate(method: str) -> float:
     """The learning rate that a job of this method has unless it asks for another."""
     rate: float = DEFAULTS.get(method, {}).get("learning_rate", TrainingSpec.learning_rate)
     return rate
+
+
+def _multiplied(rate: float, multiplier: float, where: str) -> float:
+    """The bounds are those of the rate, told as the asker counts."""
+    low, high = TrainingSpec.LIMITS["learning_rate"]
+    if not low <= rate * multiplier <= high:
+        expected = f"from {low / rate:g} to {high / rate:g}, times the method's own rate of {rate:g}"
+        raise InvalidRequest(f"{where} must be {expected}, got {multiplier:g}", param=where)
+    return rate * multiplier

@@ -31,7 +31,7 @@ async def generate(request: Request, services: Serving, caller: Calling) -> Resp
     body = await schemas.read(request, GenerateBody)
     started = await _begin(body, services, caller, begun)
     if body.stream:
-        return generation.stream(started, _pieces(started, body))
+        return generation.stream(started, _pieces(started))
     await generation.finish(started, request)
     tokens = sum(len(choice.logprobs) for choice in started.call.choices)
     return await rendering.of_tokens(tokens, partial(_reply, started, body), services)
@@ -67,10 +67,7 @@ async def _prompt(body: GenerateBody, services: Services, prefix: ServedPrefix |
     return prompts.from_ids(body.prompt, services)
 
 
-async def _pieces(started: Generation, body: GenerateBody) -> AsyncGenerator[dict[str, Any], None]:
-    if body.echo:
-        for choice in started.call.choices:
-            yield _piece(started, Delta(choice.index, started.prompt_of(choice.index).text))
+async def _pieces(started: Generation) -> AsyncGenerator[dict[str, Any], None]:
     async for delta in started.call.deltas():
         if delta.text or delta.logprobs or delta.finish_reason:
             yield await rendering.of_tokens(len(delta.logprobs), partial(_piece, started, delta), started.services)
@@ -94,8 +91,7 @@ def _reply(started: Generation, body: GenerateBody) -> Response:
 
 
 def _choice(started: Generation, body: GenerateBody, choice: Choice) -> dict[str, Any]:
-    echo = started.prompt_of(choice.index).text if body.echo else ""
-    shown = {"index": choice.index, "text": echo + choice.text, "finish_reason": choice.finish_reason}
+    shown = {"index": choice.index, "text": choice.text, "finish_reason": choice.finish_reason}
     if body.logprobs is not None:
         shown["logprobs"] = logprobs.render(choice.logprobs, started.services.frozen.tokenizer)
     return shown

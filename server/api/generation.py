@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -87,8 +87,10 @@ def sampling(
     """How a prompt's answers are chosen, where `taken` tokens of the context are taken before the first.
 
     An absent max_tokens is `otherwise`, or what room there is, and at least one, so that too long a prompt is still
-    refused.
+    refused. Raises InvalidRequest.
     """
+    _check_known("logit_bias", fields.logit_bias, frozen)
+    _check_known("stop_token_ids", fields.stop_token_ids, frozen)
     room = max(1, min(otherwise, frozen.context_length - taken))
     return SamplingParams(
         max_tokens=room if fields.max_tokens is None else fields.max_tokens,
@@ -99,7 +101,7 @@ def sampling(
         repetition_penalty=fields.repetition_penalty,
         presence_penalty=fields.presence_penalty,
         frequency_penalty=fields.frequency_penalty,
-        logit_bias=_logit_bias(fields, frozen),
+        logit_bias=tuple(fields.logit_bias.items()),
         seed=fields.seed,
         stop=(fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop),
         stop_token_ids=frozenset(fields.stop_token_ids),
@@ -139,7 +141,8 @@ async def begin(
         for place, (prompt, params) in enumerate(asked)
         for index in range(fields.n)
     ]
-    call = Call(services.loop, rows, services.frozen.tokenizer, services.clock)
+    echoes = [prompt.text if params.echo else "" for prompt, params in asked for _ in range(fields.n)]
+    call = Call(services.loop, rows, services.frozen.tokenizer, services.clock, echoes)
     prompts = tuple(prompt for prompt, _ in asked)
     await services.rates.start(caller.tenant, len(rows), sum(len(prompt.ids) for prompt in prompts))
     try:
@@ -205,12 +208,13 @@ async def _events(pieces: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerato
     yield sse.DONE
 
 
-def _logit_bias(fields: SamplingFields, frozen: FrozenModel) -> tuple[tuple[int, float], ...]:
-    last = frozen.vocabulary_size - 1
-    if max(fields.logit_bias, default=0) > last:
-        odd = max(fields.logit_bias)
-        raise InvalidRequest(f"logit_bias: token ids must be from 0 to {last}, got {odd}", param="logit_bias")
-    return tuple(fields.logit_bias.items())
+def _check_known(field: str, token_ids: Iterable[int], frozen: FrozenModel) -> None:
+    """Raises InvalidRequest for a token id that the model does not have."""
+    size = frozen.vocabulary_size
+    odd = next((token_id for token_id in token_ids if not 0 <= token_id < size), None)
+    if odd is not None:
+        expected = f"from 0 to {size - 1}, for the vocabulary has {size} tokens"
+        raise InvalidRequest(f"{field}: token ids must be {expected}; got {odd}", param=field)
 
 
 def _seeded(params: SamplingParams, index: int) -> SamplingParams:

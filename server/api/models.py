@@ -8,7 +8,7 @@ from typing import Any
 from anyio import to_thread
 from fastapi import APIRouter, Request
 
-from prefix_store.errors import Forbidden
+from prefix_store.errors import InvalidRequest
 from prefix_store.prefix import PrefixVersion
 from server.api import conditions, model_names, references, residency
 from server.api.auth import Caller, Calling
@@ -56,7 +56,7 @@ def _versions(services: Services, tenant: str) -> Iterator[PrefixVersion]:
 
 def _delete(model: str, services: Services, caller: Caller, if_match: str | None) -> None:
     if model_names.resolve(model, services, caller) is None:
-        raise Forbidden("the base model cannot be deleted", param="model")
+        raise InvalidRequest("the base model cannot be deleted; prefixes can", param="model")
     with model_names.known_as(model):
         own = references.own(model, caller)  # what is shared with the caller it may use and not delete
         with references.changing(services, caller, own.name):

@@ -19,11 +19,13 @@ class LenientBody(BaseModel):
     """Base of these bodies. `null` is the same as absent.
 
     `HARMLESS` has the fields that ask for another kind of answer than this server gives, with the values that do not:
-    passing over them would answer something else than what was asked.
+    passing over them would answer something else than what was asked. `WHERE` is what a body's fields stand in, with a
+    dot.
     """
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
     HARMLESS: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    WHERE: ClassVar[str] = ""
 
     @model_validator(mode="before")
     @classmethod
@@ -32,7 +34,8 @@ class LenientBody(BaseModel):
             return data
         for name, harmless in cls.HARMLESS.items():
             if data.get(name) is not None and data[name] not in harmless:
-                raise InvalidRequest(f"{name} is not supported by this server", param=name)
+                where = cls.WHERE + name
+                raise InvalidRequest(f"{where} is not supported by this server", param=where)
         return {name: value for name, value in data.items() if value is not None}
 
 
@@ -45,6 +48,21 @@ class StreamOptions(LenientBody):
 
 class AnswerBody(SamplingFields, LenientBody):
     """What completions and chat completions have in common. `max_completion_tokens` is a newer name of `max_tokens`."""
+
+    # vLLM's
+    HARMLESS: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "allowed_token_ids": ([],),
+        "bad_words": ([],),
+        "guided_whitespace_pattern": (),
+        "include_stop_str_in_output": (False,),
+        "logits_processors": ([],),
+        "prompt_logprobs": (),
+        "return_token_ids": (False,),
+        "return_tokens_as_token_ids": (False,),
+        "skip_special_tokens": (True,),
+        "truncate_prompt_tokens": (),
+        "use_beam_search": (False,),
+    }
 
     model: str = Field(min_length=1)
     max_completion_tokens: Integer | None = None
@@ -65,7 +83,12 @@ class AnswerBody(SamplingFields, LenientBody):
 class CompletionBody(AnswerBody):
     """POST /v1/completions. `prompt` is one or several, as texts or as token ids."""
 
-    HARMLESS: ClassVar[dict[str, tuple[Any, ...]]] = {"suffix": ("",)}
+    HARMLESS: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **AnswerBody.HARMLESS,
+        "suffix": ("",),
+        "add_special_tokens": (True,),
+        "prompt_embeds": (),
+    }
 
     prompt: str | Integers | Texts | Tokens
     best_of: Integer | None = None
@@ -118,8 +141,17 @@ class ChatBody(AnswerBody):
     """POST /v1/chat/completions."""
 
     HARMLESS: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **AnswerBody.HARMLESS,
         "tools": ([],),
+        "tool_choice": ("none", "auto"),
         "functions": ([],),
+        "function_call": ("none", "auto"),
+        "web_search_options": (),
+        "echo": (False,),
+        "add_special_tokens": (False,),
+        "documents": ([],),
+        "chat_template": (),
+        "chat_template_kwargs": ({},),
         "modalities": (["text"],),
         "add_generation_prompt": (True,),
         "continue_final_message": (False,),

@@ -105,6 +105,11 @@ def sequence_of(event_id: str, job: TrainingJob) -> int | None:
     return int(number) if event_id.startswith(start) and NUMBER.fullmatch(number) else None
 
 
+def checkpoint_id(job: TrainingJob) -> str:
+    """What the one version that a job publishes is called among its checkpoints."""
+    return CHECKPOINT + job.id.removeprefix(JOB)
+
+
 def checkpoint(
     found: TrainingJob, version: PrefixVersion, kept: JobEvent | None, report: dict[str, Any]
 ) -> dict[str, Any]:
@@ -112,7 +117,7 @@ def checkpoint(
     step, loss = (kept.data["kept"]["step"], kept.data["kept"]["valid_loss"]) if kept is not None else (0, None)
     point: dict[str, Any] = next((point for point in report["curve"] if point["step"] == step), {})
     return {
-        "id": CHECKPOINT + found.id.removeprefix(JOB),
+        "id": checkpoint_id(found),
         "object": "fine_tuning.job.checkpoint",
         "created_at": int(version.created_at),
         "fine_tuned_model_checkpoint": _model(found),

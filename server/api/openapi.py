@@ -12,6 +12,7 @@ from server.api import errors, shapes
 from server.api.auth import OPEN
 from server.api.documented import KEYED, ROWS, WITH_BODY, Row
 
+ABOUT = "HEAD is answered wherever GET is, as GET is but without the body."
 REFERENCE = "#/components/schemas/{model}"
 JSON = "application/json"
 DESCRIPTIONS = {
@@ -64,7 +65,7 @@ async def show(request: Request) -> dict[str, Any]:
 
 def document(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI 3.1 document of an app. A route without a row in `ROWS` is told of without its reply's shape."""
-    made = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    made = get_openapi(title=app.title, version=app.version, description=ABOUT, routes=app.routes)
     components: dict[str, Any] = {}
     for path, methods in made["paths"].items():
         for method, operation in methods.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from contextlib import ExitStack
 from io import BytesIO
@@ -9,18 +10,38 @@ from typing import Annotated, Any, Literal
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Query, Request
+from fastapi.routing import APIRoute
 from starlette.background import BackgroundTask
 from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Match
+from starlette.types import Scope
 
+from prefix_store.errors import InvalidRequest
 from prefix_store.formats import peft
-from prefix_store.prefix import Method, PrefixVersion
+from prefix_store.prefix import NAME, Method, PrefixVersion
 from server.api import conditions, queries, references, residency, schemas, views
 from server.api.auth import Caller, Calling
 from server.api.schemas import EditBody
 from server.api.services import Services, Serving
 
 FILTERS = ("after", "limit", "method", "shared")
-router = APIRouter(prefix="/v1/prefixes")
+# What routes have below a prefix: such an address is never that of a prefix, whatever the method.
+BELOW = re.compile(
+    r".+/(?:content|export|inspect|preload|release|rollback|sharing|train|verify|versions|aliases/[^/]*)"
+)
+
+
+class ReferenceRoute(APIRoute):
+    """Takes any path as a reference, for one may hold a slash, but what is another route's."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Whether this route is asked for."""
+        match, found = super().matches(scope)
+        is_below = self.path.endswith("{ref:path}") and BELOW.fullmatch(found.get("path_params", {}).get("ref", ""))
+        return (Match.NONE, {}) if is_below else (match, found)
+
+
+router = APIRouter(prefix="/v1/prefixes", route_class=ReferenceRoute)
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
 
@@ -34,7 +55,11 @@ async def page(
     method: Method | None = None,
     shared: bool = False,
 ) -> dict[str, Any]:
-    """Current versions in order of name: the caller's, or what others share with it; filtered, if asked for."""
+    """Current versions in order of name: the caller's, or what others share with it; filtered, if asked for.
+
+    `after` need not be there any more: the order goes on behind it.
+    """
+    _check_place(after, shared=shared)
     notes = queries.metadata(request, FILTERS)
 
     def is_wanted(version: PrefixVersion) -> bool:
@@ -86,6 +111,14 @@ async def delete(request: Request, ref: str, services: Serving, caller: Calling)
     removed = await to_thread.run_sync(_delete, services, ref, caller, conditions.wanted(request.headers))
     versions = [version.version for version in removed]
     return {"id": removed[0].name, "object": "prefix", "deleted": True, "versions": versions}
+
+
+def _check_place(after: str, *, shared: bool) -> None:
+    """Raises InvalidRequest unless this could be what the last prefix of the page before is called."""
+    parts = after.split("/") if shared else [after]
+    if after and (len(parts) > 2 or not all(map(NAME.fullmatch, parts))):
+        expected = "tenant/id" if shared else "id"
+        raise InvalidRequest(f"after must be the {expected} of a prefix, got {after[:80]!r}", param="after")
 
 
 def whole(services: Services, version: PrefixVersion, caller: Caller) -> JSONResponse:

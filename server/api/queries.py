@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 from fastapi import Request
 
 from prefix_store.errors import InvalidRequest
+from server.api import hints
 
 METADATA = "metadata."
 
@@ -38,6 +38,6 @@ def metadata(request: Request, known: Sequence[str]) -> dict[str, str]:
 
 
 def _unknown(name: str, known: Sequence[str]) -> InvalidRequest:
-    near = difflib.get_close_matches(name[:80], known, n=1, cutoff=0.0)
-    hint = f"; did you mean {near[0]!r}?" if near else "; there are none here"
+    takes = f"takes {', '.join(known)}" if known else "takes none"
+    hint = hints.nearest(name, known) or f"; this route {takes}"
     return InvalidRequest(f"unknown parameter {name[:80]!r}{hint}", param=name[:80])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -13,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from prefix_store.errors import InvalidRequest
 from prefix_store.jobs import Objective
-from server.api import errors
+from server.api import errors, hints
 from server.api.reading import look_through
 from server.api.services import services
 from server.api.structured import ResponseFormat, StructuredOutputs
@@ -47,9 +46,10 @@ Examples = Annotated[
 
 
 class Body(BaseModel):
-    """Base of every JSON body. `null` is the same as absent."""
+    """Base of every JSON body. `null` is the same as absent. `WHERE` is what its fields stand in, with a dot."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+    WHERE: ClassVar[str] = ""
     # the fields to which null says something
     NULLABLE: ClassVar[frozenset[str]] = frozenset()
 
@@ -61,11 +61,11 @@ class Body(BaseModel):
             return data
         for name in data:
             if name not in cls.model_fields:
-                short = str(name)[:80]
-                near = difflib.get_close_matches(short, cls.model_fields, n=1, cutoff=0.0)[0]
-                # an OpenAI client's name for it, which no spelling leads to
-                near = "prefix_id" if short == "model" and "prefix_id" in cls.model_fields else near
-                raise InvalidRequest(f"unknown field {short!r}; did you mean {near!r}?", param=short)
+                short = cls.WHERE + str(name)[: hints.LONGEST]
+                # `model` is an OpenAI client's name for it, which no spelling leads to
+                meant = "prefix_id" if name == "model" and "prefix_id" in cls.model_fields else str(name)
+                hint = hints.nearest(meant, cls.model_fields)
+                raise InvalidRequest(f"unknown field {short!r}{hint}", param=short)
         return {name: value for name, value in data.items() if value is not None or name in cls.NULLABLE}
 
 

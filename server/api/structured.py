@@ -12,6 +12,7 @@ from anyio import to_thread
 from pydantic import BaseModel, ConfigDict, Field
 
 from prefix_store.errors import InvalidRequest
+from server.api import keywords
 from server.engine.grammar import Kind, Source
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ Schema = dict[str, Any]
 
 
 class JsonSchema(BaseModel):
-    """OpenAI's `json_schema`. The answer is held to it whether `strict` or not."""
+    """OpenAI's `json_schema`. The answer is held to it whether `strict` or not; `strict` takes no unknown keyword."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
@@ -43,10 +44,12 @@ class ResponseFormat(BaseModel):
 
     @property
     def schema_of_answer(self) -> Schema | None:
-        """None is any text."""
+        """None is any text. Raises InvalidRequest for none, and for a keyword that a strict one may not have."""
         if self.type == "json_schema":
             if self.json_schema is None:
                 raise InvalidRequest("response_format: json_schema is missing", param="response_format")
+            if self.json_schema.strict:
+                keywords.check(self.json_schema.content, "response_format")
             return self.json_schema.content
         return ANY_OBJECT if self.type == "json_object" else None
 
@@ -100,7 +103,7 @@ async def load(
     source = Source(Kind.JSON, _text(schema)) if outputs is None else outputs.source
     if source.kind is Kind.JSON:
         _check_counts(source.text, param)
-    found = services.grammars.find(caller.tenant, source)
+    found = services.grammars.find(caller.tenant, source, param)
     if found is not None:
         return found
     # a tenant whose grammars take long waits for itself, not others for it

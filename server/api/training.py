@@ -8,11 +8,12 @@ from anyio import to_thread
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
-from prefix_store import job_report
+from prefix_store import codec, job_report
 from prefix_store.backends.base import Transaction
-from prefix_store.errors import InvalidRequest, JobNotFound
-from prefix_store.jobs import JobEvent, TrainingJob
+from prefix_store.errors import InvalidName, InvalidRequest, JobNotFound, PrefixNotFound
+from prefix_store.jobs import JobEvent, TrainingJob, TrainingSpec
 from prefix_store.model.prompt import check_chat_template
+from prefix_store.tensors import check_start
 from server.api import queries, references, repeats, schemas, views
 from server.api.auth import Caller, Calling
 from server.api.repeats import Keep, Reply
@@ -107,11 +108,12 @@ def report_of(services: Services, job: TrainingJob) -> dict[str, Any]:
 
 
 def for_this_server(
-    services: Services, options: dict[str, Any], examples: list[dict[str, Any]], param: str
+    services: Services, caller: Caller, options: dict[str, Any], examples: list[dict[str, Any]], param: str
 ) -> dict[str, Any]:
     """A job's options with what the server adds to them: its model and, for messages, how it writes them.
 
-    Raises InvalidRequest for a prefix that leaves no room, ChatTemplateMissing, naming `param`.
+    Raises InvalidRequest for a prefix that leaves no room, InvalidName, PrefixNotFound and PrefixMismatch for an
+    `init_from` that is none or does not fit the model, ChatTemplateMissing, naming `param`. Blocking.
     """
     asked = options.get("virtual_tokens", 1)
     if asked + 2 > services.frozen.context_length:
@@ -120,17 +122,34 @@ def for_this_server(
             param="virtual_tokens",
         )
     added: dict[str, Any] = {"base_digest": services.frozen.digest}
+    if "init_from" in options:
+        added["init_from"] = _checked_start(services, caller, options)
     if any("messages" in example for example in examples):
         check_chat_template(services.frozen.tokenizer, services.chat_template, param)
         added["chat_template"] = services.chat_template
     return options | added
 
 
+def _checked_start(services: Services, caller: Caller, options: dict[str, Any]) -> str:
+    """The version that a job is to start from, which its model could serve."""
+    prefixes, frozen = services.store.prefixes, services.frozen
+    try:
+        version = references.resolve(services, options["init_from"], caller)
+    except (InvalidName, PrefixNotFound) as error:
+        raise type(error)(f"init_from: {error.message}", param="init_from") from None
+    with prefixes.file(version) as path:
+        manifest = codec.read_manifest(path)
+    phi = options.get("feature_map", TrainingSpec.feature_map)
+    check_start(str(version.ref), manifest, phi, frozen.geometry, frozen.digest, frozen.context_length)
+    return str(version.ref)
+
+
 def _train(services: Services, caller: Caller, key: str | None, name: str, body: TrainBody) -> Reply:
     examples, validation = body.examples, body.validation_examples or []
-    options = for_this_server(services, body.options(), examples + validation, "examples")
 
     def work(keep: Keep) -> Reply:
+        options = for_this_server(services, caller, body.options(), examples + validation, "examples")
+
         def also(transaction: Transaction, job: TrainingJob) -> None:
             keep(transaction, _accepted(job))
 

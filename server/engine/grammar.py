@@ -5,7 +5,9 @@ llguidance does the work. It is imported when the first grammar is compiled, and
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -26,6 +28,11 @@ LIMITS: dict[str, Any] = {
     "verbose_errors": False,
 }
 LONGEST_REASON = 300
+OPTIONS = "x-guidance"
+OVERLAP = (
+    "oneOf: one answer might be of two of its alternatives; use anyOf, or tell them apart by a required property with "
+    "a different const in each"
+)
 
 
 class Kind(StrEnum):
@@ -109,7 +116,7 @@ def compiled(source: Source, tokens: Any) -> Any:
 
     try:
         if source.kind is Kind.JSON:
-            text = LLMatcher.grammar_from_json_schema(source.text, WHITESPACE)
+            text = LLMatcher.grammar_from_json_schema(_plain(source.text), WHITESPACE)
         elif source.kind is Kind.REGEX:
             # else \d would be any of Unicode's digits, which nobody means
             text = LLMatcher.grammar_from_regex(regex_to_lark(source.text, "d"))
@@ -130,8 +137,20 @@ def check(state: Any) -> None:
         raise GrammarError("no text can match it" if reason.startswith("NoExtension") else _line(reason))
 
 
+def _plain(schema: str) -> str:
+    """A schema without llguidance's own options: to JSON Schema they are an unknown keyword, which asks for nothing."""
+    found = None
+    with suppress(ValueError, RecursionError):  # what is wrong with it is llguidance's to say
+        found = json.loads(schema)
+    if not isinstance(found, dict) or OPTIONS not in found:
+        return schema
+    return json.dumps({name: part for name, part in found.items() if name != OPTIONS})
+
+
 def _line(text: str) -> str:
     """The line of a message that says what is wrong; the others repeat what came."""
+    if text.startswith("oneOf constraints are not supported"):
+        return OVERLAP
     lines = [line.strip() for line in text.splitlines()] or [""]
     line = next((line for line in lines if line.startswith("error: ")), lines[0])
     return line.removeprefix("error: ")[:LONGEST_REASON]

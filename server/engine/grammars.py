@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 from prefix_store.errors import InvalidRequest
@@ -16,28 +18,40 @@ LONGEST_SOURCE = 128 * 1024
 BUDGET_BYTES = 256 << 20
 # what its lexer may grow by while it is followed, see `grammar.LIMITS`
 GROWTH_BYTES = 2 << 20
+# A refusal is remembered, so that nobody can have the same trial made over and over; not for good, for a trial measures
+# times, which come out differently on a busy machine.
+MOST_REFUSALS, REFUSED_SECONDS = 1024, 600.0
 Key = tuple[str, str]
 
 
 class Grammars:
     """An LRU of compiled grammars, keyed by tenant and digest: how one is followed can spoil it for others.
 
-    Nothing is made before the first grammar is asked for: not the tokens as grammars read them, not the process for
-    trials. `find` may be called from any thread, `compile` from one at a time.
+    What was refused lately is refused again without a trial, whoever asks. Nothing is made before the first grammar is
+    asked for: not the tokens as grammars read them, not the process for trials. `find` may be called from any thread,
+    `compile` from one at a time.
     """
 
-    def __init__(self, frozen: FrozenModel, budget_bytes: int = BUDGET_BYTES) -> None:
+    def __init__(
+        self, frozen: FrozenModel, budget_bytes: int = BUDGET_BYTES, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._frozen = frozen
         self._budget = budget_bytes
+        self._clock = clock
         self._lock = threading.Lock()
         self._kept: OrderedDict[Key, tuple[Grammar, int]] = OrderedDict()
+        self._refused: OrderedDict[str, tuple[float, str]] = OrderedDict()
         self._tokens: Any = None
         self._trials: Trials | None = None
 
-    def find(self, tenant: str, source: Source) -> Grammar | None:
-        """A grammar that was compiled already."""
+    def find(self, tenant: str, source: Source, param: str) -> Grammar | None:
+        """A grammar that was compiled already. Raises InvalidRequest, naming `param`, for one refused lately."""
+        key = _key(tenant, source)
         with self._lock:
-            kept = self._kept.get(key := _key(tenant, source))
+            until, reason = self._refused.get(key[1], (float("-inf"), ""))
+            if until > self._clock():
+                raise _invalid(param, reason)
+            kept = self._kept.get(key)
             if kept is None or kept[0].is_spoilt:
                 return None
             self._kept.move_to_end(key)
@@ -48,7 +62,7 @@ class Grammars:
 
         Raises InvalidRequest, which names `param`, and Overloaded.
         """
-        found = self.find(tenant, source)
+        found = self.find(tenant, source, param)
         if found is not None:
             return found
         if len(source.text) > LONGEST_SOURCE:
@@ -60,7 +74,8 @@ class Grammars:
             missing = "needs the package llguidance, which this server lacks: pip install llguidance"
             raise InvalidRequest(f"{param} {missing}", param=param) from None
         except GrammarError as error:
-            raise InvalidRequest(f"{param}: {error}", param=param) from None
+            self._refuse(_key(tenant, source)[1], str(error))
+            raise _invalid(param, str(error)) from None
         self._keep(_key(tenant, source), grammar, size + GROWTH_BYTES)
         return grammar
 
@@ -92,6 +107,17 @@ class Grammars:
             self._kept.move_to_end(key)
             while len(self._kept) > 1 and sum(size for _, size in self._kept.values()) > self._budget:
                 self._kept.popitem(last=False)
+
+    def _refuse(self, digest: str, reason: str) -> None:
+        with self._lock:
+            self._refused[digest] = self._clock() + REFUSED_SECONDS, reason
+            self._refused.move_to_end(digest)
+            if len(self._refused) > MOST_REFUSALS:
+                self._refused.popitem(last=False)
+
+
+def _invalid(param: str, reason: str) -> InvalidRequest:
+    return InvalidRequest(f"{param}: {reason}", param=param)
 
 
 def _key(tenant: str, source: Source) -> Key:

@@ -9,6 +9,7 @@ from prefix_store.errors import InvalidRequest
 
 # Below this, logits / temperature overflows float32 for ordinary logits; the limit is argmax anyway.
 GREEDY_BELOW = 1e-4
+MAX_TOKENS = 1_000_000
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
 INT64 = -(2**63), 2**63 - 1
@@ -45,7 +46,10 @@ class SamplingParams:
     echo: bool = False
 
     def __post_init__(self) -> None:
-        _within("max_tokens", self.max_tokens, 0 if self.echo else 1, 1_000_000)
+        if self.max_tokens == 0 and not self.echo:
+            but = "0 is for routes that echo: with `echo` true the prompt is scored and nothing is said"
+            raise InvalidRequest(f"max_tokens must be from 1 to {MAX_TOKENS}, got 0; {but}", param="max_tokens")
+        _within("max_tokens", self.max_tokens, 0, MAX_TOKENS)
         if not 0 <= self.min_tokens <= self.max_tokens:
             expected = f"from 0 to max_tokens, which is {self.max_tokens}"
             raise InvalidRequest(f"min_tokens must be {expected}, got {self.min_tokens}", param="min_tokens")

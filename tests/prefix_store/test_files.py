@@ -7,6 +7,7 @@ import pytest
 from prefix_store.codec import digest_of
 from prefix_store.errors import (
     InvalidName,
+    InvalidRequest,
     InvalidTrainingData,
     NoSuchFile,
     QuotaExceeded,
@@ -85,7 +86,8 @@ def test_pages_are_in_the_order_of_coming_or_against_it(store, files, clock):
             found += [file.id for file in page]
             after = found[-1]
         assert found == order
-    assert files.page("acme", "no id", 10) == []
+    with pytest.raises(InvalidRequest, match="after must be the id of a file, got 'no id'"):
+        files.page("acme", "no id", 10)
 
 
 def test_a_long_name_is_cut_and_a_bad_tenant_refused(store):

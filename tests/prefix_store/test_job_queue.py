@@ -6,7 +6,15 @@ import pytest
 
 from prefix_store import checkup
 from prefix_store.catalog import Catalog
-from prefix_store.errors import Conflict, JobNotFound, LeaseLost, QuotaExceeded, StoreCorrupt, StoreUnavailable
+from prefix_store.errors import (
+    Conflict,
+    InvalidRequest,
+    JobNotFound,
+    LeaseLost,
+    QuotaExceeded,
+    StoreCorrupt,
+    StoreUnavailable,
+)
 from prefix_store.job_queue import LOST
 from prefix_store.jobs import MAX_ATTEMPTS, JobError, JobStatus
 from tests.prefix_store import invariants
@@ -239,7 +247,8 @@ def test_jobs_are_listed_newest_first(backend, queue):
     enqueue(backend, "ftjob-4", tenant="other")
     assert [job.id for job in queue.jobs("acme", None, 2)] == ["ftjob-3", "ftjob-2"]
     assert [job.id for job in queue.jobs("acme", "ftjob-2", 2)] == ["ftjob-1"]
-    assert queue.jobs("acme", "ftjob-4", 2) == []
+    with pytest.raises(InvalidRequest, match="after must be the id of a job, got 'ftjob-4'"):
+        queue.jobs("acme", "ftjob-4", 2)
 
 
 def test_job_counts_name_every_status(backend, queue):

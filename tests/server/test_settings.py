@@ -61,6 +61,12 @@ def test_an_unknown_variable_is_refused_with_the_nearest(monkeypatch: pytest.Mon
         settings.read()
 
 
+def test_one_that_is_near_to_none_gets_no_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANTEFIX_COLOUR", "x")
+    with pytest.raises(SystemExit, match=r"^antefix: ANTEFIX_COLOUR is not a setting$"):
+        settings.read()
+
+
 def test_variables_of_the_other_processes_are_let_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in settings.ELSEWHERE:
         monkeypatch.setenv(name, "1")

@@ -128,7 +128,7 @@ def test_what_asks_for_no_other_kind_of_answer_is_passed_over(client: TestClient
         ({**BODY, "top_logprobs": 2}, "top_logprobs"),
         ({**BODY, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({**BODY, "tools": [{"type": "function"}]}, "tools"),
-        ({**BODY, "response_format": {"type": "xml"}}, "response_format"),
+        ({**BODY, "response_format": {"type": "xml"}}, "response_format.type"),
         ({**BODY, "max_completion_tokens": 0}, "max_tokens"),
     ],
 )

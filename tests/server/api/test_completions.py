@@ -176,6 +176,18 @@ def test_logprobs_say_where_in_the_text_each_token_begins(client: TestClient) ->
         assert {key: [entry for part in parts for entry in part[key]] for key in parts[0]} == whole["logprobs"]
 
 
+def test_a_streamed_echo_comes_with_its_own_logprobs(client: TestClient, loop: FakeLoop) -> None:
+    asked = {"model": "tiny-llama", "prompt": ["hé", "you"], "logprobs": 0, "n": 2, "echo": True}
+    for max_tokens in (0, 3):
+        streamed = [chunk["choices"][0] for chunk in chunks(client, **asked, max_tokens=max_tokens)]
+        for index, prompt in enumerate(("hé", "hé", "you", "you")):
+            first = next(piece for piece in streamed if piece["index"] == index)
+            ids = loop.requests[index].prompt_ids
+            assert first["text"].startswith(prompt)
+            assert tuple(first["logprobs"]["token_ids"][: len(ids)]) == ids
+            assert len(first["logprobs"]["tokens"]) == len(ids) + (max_tokens > 0)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_after_an_echo_the_token_that_ends_the_text_is_scored_too(
     client: TestClient, loop: FakeLoop, stream: bool

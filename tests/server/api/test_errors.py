@@ -6,7 +6,8 @@ from starlette.testclient import TestClient
 from prefix_store import errors as store_errors
 from prefix_store.errors import AntefixError
 from prefix_store.store import Store
-from server.api import errors
+from server.api import errors, prefixes
+from tests.server.api.test_auth import routes
 
 CLASSES = [found for _, found in inspect.getmembers(store_errors, inspect.isclass) if issubclass(found, AntefixError)]
 
@@ -55,6 +56,50 @@ def test_the_framework_s_own_errors_have_our_shape(
     reply = client.request(method, path)
     assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
     assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+
+
+# What an address may be asked for, with its methods; HEAD goes with GET.
+ALLOWED = {
+    "/generate": {"POST"},
+    "/v1/models": {"GET"},
+    "/v1/models/a/b": {"GET", "DELETE"},
+    "/v1/prefixes": {"GET", "POST"},
+    "/v1/prefixes/a": {"GET", "PATCH", "DELETE"},
+    "/v1/prefixes/acme/a@2": {"GET", "PATCH", "DELETE"},
+    "/v1/prefixes/export": {"GET", "PATCH", "DELETE"},
+    "/v1/prefixes/a/preload": {"POST"},
+    "/v1/prefixes/acme/a/preload": {"POST"},
+    "/v1/prefixes/a/release": {"POST"},
+    "/v1/prefixes/a/verify": {"POST"},
+    "/v1/prefixes/a/rollback": {"POST"},
+    "/v1/prefixes/a/train": {"POST"},
+    "/v1/prefixes/a/content": {"PUT"},
+    "/v1/prefixes/a/export": {"GET"},
+    "/v1/prefixes/a/inspect": {"GET"},
+    "/v1/prefixes/a/versions": {"GET"},
+    "/v1/prefixes/a/sharing": {"GET", "PUT"},
+    "/v1/prefixes/a/aliases/stable": {"PUT", "DELETE"},
+    "/v1/jobs/ftjob-1/cancel": {"POST"},
+    "/v1/fine_tuning/jobs": {"GET", "POST"},
+    "/v1/files/file-1": {"GET", "DELETE"},
+}
+
+
+@pytest.mark.parametrize("path", ALLOWED)
+def test_another_method_than_an_address_takes_is_405_and_says_which_it_takes(client: TestClient, path: str) -> None:
+    for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"} - ALLOWED[path]:
+        reply = client.request(method, path)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (405, "method_not_allowed"), method
+        expected = ALLOWED[path] | ({"HEAD"} if "GET" in ALLOWED[path] else set())
+        assert set(reply.headers["allow"].split(", ")) == expected
+
+
+def test_what_routes_have_below_a_prefix_is_no_reference(client: TestClient) -> None:
+    """A route that is added there must be added to the pattern."""
+    for _, path in routes(client.app.routes):
+        head, _, below = path.partition("}/")
+        if head.startswith("/v1/prefixes/{") and below:
+            assert prefixes.BELOW.fullmatch(f"a/{below.replace('{alias}', 'stable')}"), path
 
 
 def test_input_is_never_echoed_at_length(client: TestClient) -> None:

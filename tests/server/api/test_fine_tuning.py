@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -5,7 +6,7 @@ import pytest
 from httpx import Response
 from starlette.testclient import TestClient
 
-from prefix_store.jobs import JobError, JobStatus, TrainingJob
+from prefix_store.jobs import BUILT_IN_METHODS, JobError, JobStatus, TrainingJob
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import PrefixRef
 from prefix_store.store import Store
@@ -93,6 +94,13 @@ def test_it_trains_on_what_the_files_hold(client: TestClient, store: Store, made
     assert found.spec.base_digest == frozen.digest
 
 
+HERE, IN_METHOD = "hyperparameters", "method.supervised.hyperparameters"
+
+
+def _in_method(**hyperparameters: Any) -> dict[str, Any]:
+    return {"method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}}
+
+
 HYPER = {"n_epochs": 3, "batch_size": 2, "learning_rate_multiplier": 1.7}
 
 
@@ -140,28 +148,42 @@ def test_prefix_options_stand_in_an_object_of_their_own(store: Store, made) -> N
         ({"seed": -1}, "seed", "seed must be"),
         ({"seed": 1.5}, "seed", "integer"),
         ({"seed": 1, "antefix": {"seed": 2}}, "seed", "contradicts"),
-        ({"metadata": {"a": 3}}, "metadata", "string"),
+        ({"metadata": {"a": 3}}, "metadata.a", "string"),
         ({"metadata": {"a": "x" * 513}}, "metadata", "at most 16"),
         ({"integrations": [{"type": "wandb"}]}, "integrations", "not supported"),
-        ({"method": {"type": "dpo"}}, "type", "not supported"),
-        ({"method": {"type": "supervised", "dpo": {"a": 1}}}, "dpo", "not supported"),
-        ({"hyperparameters": {"n_epochs": 0}}, "epochs", "epochs must be"),
-        ({"hyperparameters": {"n_epochs": "three"}}, "hyperparameters", "n_epochs"),
-        ({"hyperparameters": {"batch_size": 257}}, "batch_size", "batch_size must be"),
-        ({"hyperparameters": {"learning_rate_multiplier": 0}}, "hyperparameters", "greater than 0"),
-        ({"hyperparameters": {"learning_rate_multiplier": 1e9}}, "learning_rate", "learning_rate must be"),
-        ({"hyperparameters": {"n_epochs": 2}, "antefix": {"steps": 5}}, "epochs", "give one of them"),
-        ({"hyperparameters": {"n_epochs": 2}, "antefix": {"epochs": 5}}, "hyperparameters", "contradicts"),
+        ({"method": {"type": "dpo"}}, "method.type", "not supported"),
+        ({"method": {"type": "supervised", "dpo": {"a": 1}}}, "method.dpo", "not supported"),
+        ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs", "hyperparameters.n_epochs must be"),
+        (_in_method(n_epochs=0), f"{IN_METHOD}.n_epochs", f"{IN_METHOD}.n_epochs must be"),
+        ({"hyperparameters": {"n_epochs": "three"}}, "hyperparameters.n_epochs", "hyperparameters.n_epochs: Input"),
+        (_in_method(n_epochs="three"), f"{IN_METHOD}.n_epochs", f"{IN_METHOD}.n_epochs: Input"),
+        ({"hyperparameters": {"batch_size": 257}}, "hyperparameters.batch_size", "hyperparameters.batch_size must be"),
+        ({"antefix": {"batch_size": 257}}, "antefix.batch_size", "antefix.batch_size must be"),
+        ({"hyperparameters": {"learning_rate_multiplier": 0}}, f"{HERE}.learning_rate_multiplier", "greater than 0"),
+        (
+            {"hyperparameters": {"learning_rate_multiplier": 1e9}},
+            f"{HERE}.learning_rate_multiplier",
+            "from 1e-06 to 100,",
+        ),
+        (_in_method(learning_rate_multiplier=1e-9), f"{IN_METHOD}.learning_rate_multiplier", "got 1e-09"),
+        ({"hyperparameters": {"n_epochs": 2}, "antefix": {"steps": 5}}, f"{HERE}.n_epochs", f"or {HERE}.n_epochs say"),
+        (
+            {"hyperparameters": {"n_epochs": 2}, "antefix": {"epochs": 5}},
+            f"{HERE}.n_epochs",
+            "contradicts antefix.epochs",
+        ),
         (
             {"hyperparameters": {"n_epochs": 2}, "method": {"supervised": {"hyperparameters": {"n_epochs": 3}}}},
-            "method",
-            "contradicts",
+            f"{IN_METHOD}.n_epochs",
+            f"contradicts {HERE}.n_epochs",
         ),
         ({"virtual_tokens": 5}, "virtual_tokens", "belongs into the object `antefix`"),
-        ({"antefix": {"stepz": 5}}, "stepz", "did you mean 'steps'"),
-        ({"antefix": {"examples": []}}, "examples", "unknown field"),
-        ({"antefix": {"virtual_tokens": 4000}}, "virtual_tokens", "leave no room"),
-        ({"antefix": {"method": "lora"}}, "method", "cannot be trained"),
+        ({"antefix": {"stepz": 5}}, "antefix.stepz", "did you mean 'steps'"),
+        ({"antefix": {"steps": "x", "seed": 1}}, "antefix.steps", "antefix.steps: Input"),
+        ({"antefix": {"examples": []}}, "antefix.examples", "unknown field"),
+        ({"antefix": {"virtual_tokens": 4000}}, "antefix.virtual_tokens", "leave no room"),
+        ({"antefix": {"init_from": "No Name"}}, "antefix.init_from", "antefix.init_from: "),
+        ({"antefix": {"method": "lora"}}, "antefix.method", "cannot be trained"),
         ({"antefix": 3}, "antefix", "antefix"),
     ],
 )
@@ -207,10 +229,66 @@ def test_a_model_that_is_a_prefix_is_what_the_next_one_starts_from(
         assert (job["model"], job["antefix"]["virtual_tokens"]) == ("default/support@1", 6)
         assert claimed(store).spec.init_from == "default/support@1"
     reply = create(model="support", antefix={"init_from": "support"})
-    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "init_from")
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "antefix.init_from")
     for model in ("gpt-4o", "nothing", "other/support"):
         reply = create(model=model)
         assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
+
+
+# The kinds that there are, and the methods that go on from each.
+KINDS: dict[str, tuple[Callable[..., bytes], set[str]]] = {
+    "kv": (artefacts.native, {"prefix", "prefix_mlp"}),
+    "embeds": (artefacts.prompt, {"prompt", "prompt_mlp", "prompt_lstm"}),
+    "memory": (artefacts.memory, {"prefix_plus"}),
+}
+
+
+@pytest.mark.parametrize("method", BUILT_IN_METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prefix_to_start_from_is_of_the_methods_kind_or_refused_at_once(
+    client: TestClient, create, frozen: FrozenModel, kind: str, method: str
+) -> None:
+    make, able = KINDS[kind]
+    client.put("/v1/prefixes/support/content", content=make(frozen))
+    for body, param in (
+        ({"model": "support", "antefix": {"method": method}}, "model"),
+        ({"antefix": {"method": method, "init_from": "support"}}, "antefix.init_from"),
+    ):
+        reply = create(**body)
+        if method in able:
+            assert reply.status_code == 200, reply.text
+        else:
+            error = reply.json()["error"]
+            assert (reply.status_code, error["param"]) == (400, param)
+            assert error["message"].startswith(f"method {method} starts from a prefix of method ")
+            assert "default/support@1 is of method" in error["message"]
+
+
+def test_a_prefix_to_start_from_must_fit_the_model_when_it_is_asked_for(
+    client: TestClient, create, store: Store, frozen: FrozenModel
+) -> None:
+    elsewhere = dataclasses.replace(frozen, digest="0" * 64)
+    wide = dataclasses.replace(frozen.geometry, hidden_size=8)
+    client.put("/v1/prefixes/gelu/content", content=artefacts.memory(frozen, feature_map="gelu"))
+    tensors = {"self.kv": artefacts.random_kv(frozen, 4)}
+    for name, made in {
+        "elsewhere": artefacts.manifest(elsewhere, 4),
+        "another": dataclasses.replace(artefacts.manifest(frozen, 4), geometry=wide, base_digest=None),
+        "early": artefacts.manifest(frozen, 4, position_offset=0),
+    }.items():
+        store.prefixes.save("default", name, made, tensors)
+    for model, said, options in (
+        ("elsewhere", "made for another base model", {}),
+        ("another", "does not fit this model", {}),
+        ("early", "expected position_offset 4, it has 0", {}),
+        ("gelu", "expected feature_map elu, it has gelu", {"method": "prefix_plus"}),
+    ):
+        reply = create(model=model, antefix=options)
+        error = reply.json()["error"]
+        assert (reply.status_code, error["code"], error["param"]) == (400, "prefix_mismatch", "model")
+        assert error["message"].startswith(f"default/{model}@1: ")
+        assert said in error["message"]
+    assert create(model="gelu", antefix={"method": "prefix_plus", "feature_map": "gelu"}).status_code == 200
 
 
 def test_messages_need_a_chat_template(serve: Serve, store: Store, frozen: FrozenModel) -> None:
@@ -245,7 +323,6 @@ def test_jobs_are_paged_and_filtered(client: TestClient, made) -> None:
     page = client.get(JOBS, params={"limit": 3}).json()
     assert ([job["id"] for job in page["data"]], page["has_more"]) == (newest[:3], True)
     assert ids(client, JOBS, limit=3, after=newest[2]) == newest[3:]
-    assert ids(client, JOBS, after="ftjob-none") == []
     assert ids(client, JOBS, **{"metadata[team]": "a"}) == [newest[0], newest[2]]
     assert ids(client, JOBS, **{"metadata[team]": "a"}, limit=1, after=newest[0]) == [newest[2]]
     assert ids(client, JOBS, **{"metadata[team]": "a", "metadata[kind]": "x"}) == [newest[0]]
@@ -354,4 +431,5 @@ def test_events_are_openais_newest_first(client: TestClient, made, store: Store)
     other = made()["id"]
     foreign = f"ftevent-{other.removeprefix('ftjob-')}-3"
     for odd in (foreign, "ftevent-3", "ftevent-x", "3", names[0][:-1] + "0", names[0] + "9" * 5000):
-        assert ids(client, path, after=odd) == []
+        reply = client.get(path, params={"after": odd})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "after")

@@ -36,7 +36,7 @@ def test_each_place_has_its_options() -> None:
     ],
 )
 def test_what_is_given_twice_must_agree(body: dict[str, Any]) -> None:
-    with pytest.raises(InvalidRequest, match="contradicts another value"):
+    with pytest.raises(InvalidRequest, match="contradicts "):
         options(**body)
 
 

@@ -180,7 +180,24 @@ def test_a_bias_for_a_token_that_the_model_has_not_is_refused(client: TestClient
     found = error(client, prompt="hi", logit_bias={"3": 1, str(frozen.vocabulary_size): 1})
     assert found["param"] == "logit_bias"
     last = frozen.vocabulary_size - 1
-    assert found["message"] == f"logit_bias: token ids must be from 0 to {last}, got {frozen.vocabulary_size}"
+    had = f"for the vocabulary has {frozen.vocabulary_size} tokens; got {frozen.vocabulary_size}"
+    assert found["message"] == f"logit_bias: token ids must be from 0 to {last}, {had}"
+    found = error(client, prompt="hi", stop_token_ids=[3, frozen.vocabulary_size])
+    assert found["message"] == f"stop_token_ids: token ids must be from 0 to {last}, {had}"
+
+
+def test_a_streamed_echo_comes_with_its_own_logprobs(client: TestClient, loop: FakeLoop) -> None:
+    first, *rest = events(client, prompt="hi", echo=True, logprobs=0, max_tokens=3)
+    ids = [*loop.requests[0].prompt_ids, *loop.answer(loop.requests[0])[:1]]
+    assert first["text"].startswith("hi")
+    assert first["logprobs"]["token_ids"] == ids
+    assert "".join(piece["text"] for piece in (first, *rest)) == "hi" + ANSWER[:2]
+
+
+def test_nothing_may_be_said_only_where_a_prompt_is_echoed(client: TestClient) -> None:
+    found = error(client, prompt="hi", max_tokens=0)
+    assert found["message"].startswith("max_tokens must be from 1 to 1000000, got 0; 0 is for routes that echo")
+    assert client.post("/generate", json={"prompt": "hi", "max_tokens": 0, "echo": True}).json()["text"] == "hi"
 
 
 def test_stop_strings_are_not_looked_for_within_min_tokens(client: TestClient) -> None:
@@ -215,6 +232,8 @@ def test_a_misspelt_field_is_refused_with_the_nearest(client: TestClient, field:
         ({"prompt": "x", "prefix_id": "a@0"}, "prefix_id"),
         ({"prompt": "x", "max_tokens": "5"}, "max_tokens"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "x", "stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"prompt": "x", "stop_token_ids": [5, 10**9]}, "stop_token_ids"),
         ({"prompt": "x", "max_tokens": 10**400}, "max_tokens"),
         ({"prompt": "x", "temperature": -1}, "temperature"),
         ({"prompt": "x", "temperature": "1"}, "temperature"),

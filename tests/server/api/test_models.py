@@ -62,8 +62,16 @@ def test_one_version_or_all_of_a_name_are_deleted(client: TestClient, store: Sto
 
 
 def test_the_base_model_stays(client: TestClient) -> None:
-    assert client.delete("/v1/models/tiny-llama").status_code == 403
+    reply = client.delete("/v1/models/tiny-llama")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_request")
+    assert reply.json()["error"]["message"] == "the base model cannot be deleted; prefixes can"
     assert client.get("/v1/models/tiny-llama").json()["id"] == "tiny-llama"
+
+
+def test_a_key_without_the_scope_is_told_so_of_the_base_model_too(client: TestClient, store: Store) -> None:
+    reply = client.delete("/v1/models/tiny-llama", headers=key(store, "generate"))
+    assert (reply.status_code, reply.json()["error"]["code"]) == (403, "insufficient_scope")
+    assert client.delete("/v1/models/tiny-llama", headers=key(store, "prefix:write")).status_code == 400
 
 
 def test_where_a_prefix_is_required_the_base_is_no_model(serve: Serve, store: Store, frozen: FrozenModel) -> None:

@@ -122,6 +122,16 @@ def test_every_route_is_in_it_with_its_errors_and_examples(document: dict[str, A
         assert ("security" in operation) == (route[1] not in auth.OPEN)
 
 
+def test_it_says_how_many_choices_there_may_be(live: Live, document: dict[str, Any]) -> None:
+    for body, path in (("GenerateBody", "/generate"), ("CompletionBody", "/v1/completions")):
+        counted = document["components"]["schemas"][body]["properties"]["n"]
+        assert (counted["minimum"], counted["maximum"]) == (1, 64)
+        asked = {"model": FROZEN.name} if path.startswith("/v1") else {}
+        reply = live.client.post(path, json={**asked, "prompt": "x", "n": 65})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "n")
+    assert document["components"]["schemas"]["ChatBody"]["properties"]["n"] == counted
+
+
 @pytest.mark.parametrize("route", ROWS, ids=" ".join)
 def test_an_example_is_of_its_shape(route: tuple[str, str]) -> None:
     row = ROWS[route]

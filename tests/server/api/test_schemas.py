@@ -3,6 +3,7 @@ import json
 
 import pytest
 from pydantic import ValidationError
+from starlette.testclient import TestClient
 
 from prefix_store.errors import InvalidRequest
 from prefix_store.jobs import TrainingSpec
@@ -70,3 +71,24 @@ def test_examples_are_a_list_of_objects(examples: object) -> None:
         TrainBody.model_validate({"examples": examples})
     with pytest.raises(ValidationError):
         TrainBody.model_validate_json(json.dumps({"examples": examples}))
+
+
+@pytest.mark.parametrize("name", ["colour", "adapter", "x" * 100, "stopp_word_list", "Z"])
+def test_a_name_that_is_far_from_all_gets_no_hint(client: TestClient, name: str) -> None:
+    for path, body in (("/generate", {"prompt": "x"}), ("/v1/prefixes/a/train", {"examples": [{"text": "x"}]})):
+        error = client.post(path, json={**body, name: 1}).json()["error"]
+        assert error["message"] == f"unknown field {name[:80]!r}"
+        assert error["param"] == name[:80]
+
+
+@pytest.mark.parametrize(("name", "near"), [("limits", "limit"), ("afer", "after"), ("metod", "method")])
+def test_a_parameter_that_is_near_to_one_is_hinted_at(client: TestClient, name: str, near: str) -> None:
+    error = client.get("/v1/prefixes", params={name: 1}).json()["error"]
+    assert error["message"] == f"unknown parameter {name!r}; did you mean {near!r}?"
+
+
+def test_a_parameter_that_is_far_from_all_is_told_which_there_are(client: TestClient) -> None:
+    error = client.get("/v1/jobs", params={"colour": 1}).json()["error"]
+    assert error["message"] == "unknown parameter 'colour'; this route takes after, limit"
+    error = client.get("/v1/prefixes/a", params={"colour": 1}).json()["error"]
+    assert error["message"] == "unknown parameter 'colour'; this route takes none"
