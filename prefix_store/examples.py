@@ -32,7 +32,9 @@ def canonical(example: Any) -> Example:
     given = {name: value for name, value in example.items() if value is not None}
     shape = next((shape for fields, shape in SHAPES.items() if set(given) == set(fields)), None)
     if shape is None:
-        _refuse(f"expected an object {EXPECTED}, got {kind(example)}{_beyond(given)}")
+        nulls = ", ".join(repr(str(name)[:40]) for name in example if name not in given)[:200]
+        also = f", and null as {nulls}" if nulls else ""
+        _refuse(f"expected an object {EXPECTED}, got {kind(given)}{also}{_beyond(given)}")
     return shape(given)
 
 
@@ -58,9 +60,9 @@ def line_of(param: str) -> str:
     return "line" if param == "examples" else f"{param}, line"
 
 
-def from_jsonl(data: bytes) -> list[Example]:
-    """Reads what `to_jsonl` wrote."""
-    return [json.loads(line) for line in data.split(b"\n")[:-1]]
+def from_jsonl(data: bytes) -> Iterator[Example]:
+    """Reads what `to_jsonl` wrote, line by line."""
+    return (json.loads(line) for line in io.BytesIO(data))
 
 
 def parse(
@@ -185,7 +187,8 @@ def _message(where: str, message: Any) -> Example:
         found["name"] = checked_text(f"{where}.name", given["name"])
     weight = given.get("weight", 1)
     if type(weight) is not int or weight not in (0, 1) or (role != "assistant" and "weight" in given):
-        _refuse(f"{where}.weight must be 0 or 1 and stand in an assistant's message")
+        came = str(weight)[:40] if type(weight) in (int, float) else kind(weight)
+        _refuse(f"{where}.weight must be 0 or 1 and stand in an assistant's message, got {came} in one of role {role}")
     if weight == 0:
         found["weight"] = 0
     if is_learned(found) and not str(found["content"]).strip():
@@ -197,10 +200,12 @@ def _content(where: str, content: Any) -> str:
     """A text, or OpenAI's parts, which stand below one another as they do when they are served."""
     if not isinstance(content, list):
         return _text(where, content)
-    for part in content:
+    for place, part in enumerate(content):
         if not isinstance(part, Mapping) or part.get("type") != "text":
-            _refuse(f"{where} must be text, and a part of it is none")
-    return "\n".join(_text(f"{where}.text", part.get("text")) for part in content)
+            of = part.get("type") if isinstance(part, Mapping) else None
+            came = f"a part of type {of[:40]!r}" if isinstance(of, str) else kind(part)
+            _refuse(f"{where}[{place}] must be a part of type 'text', got {came}")
+    return "\n".join(_text(f"{where}[{place}].text", part.get("text")) for place, part in enumerate(content))
 
 
 def _beyond(given: Mapping[str, Any]) -> str:

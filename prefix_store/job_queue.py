@@ -46,6 +46,7 @@ class JobQueue:
                 lapses=job.lapses + (job.status is JobStatus.RUNNING),
                 worker=worker,
                 lease_until=now + lease_seconds,
+                heartbeat_at=now,
                 started_at=job.started_at if job.started_at is not None else now,
             ).job
 
@@ -61,8 +62,10 @@ class JobQueue:
 
         def work(transaction: Transaction) -> Heartbeat:
             record = job_records.owned(transaction, job)
-            until = transaction.now + lease_seconds
-            job_records.change(transaction, record, lease_until=until, progress=progress)
+            now = transaction.now
+            job_records.change(
+                transaction, record, lease_until=now + lease_seconds, heartbeat_at=now, progress=progress
+            )
             return Heartbeat(record.job.cancel_requested, record.job.pause_requested)
 
         return self._backend.write(work)

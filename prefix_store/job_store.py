@@ -6,15 +6,14 @@ import dataclasses
 import secrets
 import string
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from prefix_store import audit, holds, job_records, layout
+from prefix_store import audit, codec, holds, job_records, job_start, layout
 from prefix_store.backends.base import Backend, Blobs, Transaction
 from prefix_store.catalog import Catalog
-from prefix_store.codec import digest_of
-from prefix_store.errors import InvalidName, InvalidRequest, PrefixNotFound
+from prefix_store.errors import InvalidName, InvalidRequest, PrefixNotFound, StoreCorrupt
 from prefix_store.examples import VALIDATION, Example, from_jsonl, to_jsonl
 from prefix_store.job_queue import JobQueue
 from prefix_store.jobs import (
@@ -22,7 +21,6 @@ from prefix_store.jobs import (
     CHOSEN_BY_DATA,
     DEFAULTS,
     METHODS_WITH,
-    STARTS_FROM,
     TRAINABLE_OBJECTIVES,
     JobEvent,
     JobStatus,
@@ -30,7 +28,7 @@ from prefix_store.jobs import (
     TrainingJob,
     TrainingSpec,
 )
-from prefix_store.prefix import PrefixRef, check_metadata, check_name
+from prefix_store.prefix import PrefixManifest, PrefixRef, PrefixVersion, check_metadata, check_name
 
 NO_OPTIONS = {"data_digest", "examples", "validation_examples", "unset"}
 OPTIONS = frozenset(field.name for field in dataclasses.fields(TrainingSpec)) - NO_OPTIONS
@@ -56,51 +54,57 @@ class JobStore(JobQueue):
         also: Callable[[Transaction, TrainingJob], None] | None = None,
         validation: Sequence[Mapping[str, Any]] = (),
         about: Mapping[str, Any] | None = None,
+        fits: job_start.Fits = lambda manifest: None,
     ) -> TrainingJob:
         """Queues the training of `tenant/name` on examples of any of the shapes in examples.py.
 
         `options`: fields of TrainingSpec. `methods`: the names that its `method` may have. `also` is done in the
         transaction that queues. `validation`: examples to judge by; none sets some of the others aside. `about`: the
-        job's `training_file`, `validation_file` and `metadata`. Raises InvalidName, InvalidTrainingData with the line,
-        InvalidRequest with the field, PrefixNotFound for an `init_from` that the tenant may not use, QuotaExceeded, and
-        what `also` raises. Whether an `init_from` fits the model is for those to say who have one.
+        job's `training_file`, `validation_file` and `metadata`. `fits` raises PrefixMismatch for a prefix that does not
+        fit the model, which the store does not know. Raises InvalidName, InvalidTrainingData with the line,
+        InvalidRequest with the field, PrefixNotFound for an `init_from` that the tenant may not use, PrefixMismatch for
+        one that the job cannot start from, QuotaExceeded, and what `also` raises.
         """
         check_name(tenant, "tenant")
         check_name(name)
         data = to_jsonl(examples) + to_jsonl(validation, VALIDATION)
         _check_options(options, methods)
-        source = self._source(tenant, options.get("init_from"), options.get("method", TrainingSpec.method))
-        length, asked = source.get("virtual_tokens"), options.get("virtual_tokens")
-        if None not in (length, asked) and length != asked:
-            what = f"a prefix that starts from {source['init_from']} has its {length} virtual tokens, not {asked}"
-            raise InvalidRequest(f"{what}; leave the option out", param="virtual_tokens")
-        spec = _spec(digest_of(data), len(examples), len(validation), options, source)
+        source = self._source(tenant, options.get("init_from"))
+        started = {"init_from": options.get("init_from")}
+        if source is not None:
+            version, manifest = source
+            job_start.check_kind(options.get("method", TrainingSpec.method), str(version.ref), manifest)
+            started = {"init_from": str(version.ref), "virtual_tokens": _length(version, options.get("virtual_tokens"))}
+        spec = _spec(codec.digest_of(data), len(examples), len(validation), options, started)
+        if source is not None:
+            job_start.check(spec, source[1], fits)
         job = TrainingJob(_new_id(), tenant, name, spec, JobStatus.QUEUED, created_at=0.0, **(about or {}))
         check_metadata(job.metadata)
         with holds.held(self._backend, tenant, spec.data_digest) as hold:
             self._blobs.put(data)
             return self._backend.write(partial(_enqueue, job, by, hold, also))
 
-    def _source(self, tenant: str, asked: Any, method: str) -> dict[str, Any]:
-        """`init_from` as the one version that it means now, for the job may run later, and how long that is.
+    def _source(self, tenant: str, asked: Any) -> tuple[PrefixVersion, PrefixManifest] | None:
+        """The one version that `init_from` means now, for the job may run later, and what it is.
 
-        What is no reference is left for the specification to refuse. What a method of an operator's own starts from is
-        for that method to say.
+        None where nothing is asked for, or no reference, which is left for the specification to refuse.
         """
         if not isinstance(asked, str):
-            return {"init_from": asked}
+            return None
         try:
             ref = PrefixRef.parse(asked, tenant)
         except InvalidName as error:
             raise InvalidName(f"init_from: {error.message}", param="init_from") from None
-        version = Catalog(self._backend).find(ref, tenant)
-        if version is None:
-            raise PrefixNotFound(f"there is no prefix {asked[:80]!r}", param="init_from")
-        able = STARTS_FROM.get(method, (version.method,))
-        if version.method not in able:
-            told = f"method {method} starts from a prefix of method {' or '.join(able)}"
-            raise InvalidRequest(f"{told}, and {version.ref} is of method {version.method}", param="init_from")
-        return {"init_from": str(version.ref), "virtual_tokens": version.virtual_tokens}
+        catalog = Catalog(self._backend)
+        if (version := catalog.find(ref, tenant)) is None:
+            raise _absent(asked)
+        try:
+            with self._blobs.file(version.digest) as path:
+                return version, codec.read_manifest(path)
+        except StoreCorrupt:
+            if catalog.find(version.ref, tenant) is None:  # what was deleted since has no file
+                raise _absent(asked) from None
+            raise
 
     def job(self, tenant: str, job_id: str) -> TrainingJob | None:
         """The job, or None."""
@@ -157,7 +161,7 @@ class JobStore(JobQueue):
 
         Whoever does this gets on: attempts are counted anew. Raises LeaseLost, StoreUnavailable, PayloadTooLarge.
         """
-        digest = digest_of(data)
+        digest = codec.digest_of(data)
 
         def work(transaction: Transaction) -> str | None:
             holds.release(transaction, hold)
@@ -175,16 +179,28 @@ class JobStore(JobQueue):
         """What the job goes on from; None for one that begins. Raises StoreCorrupt unless it is whole."""
         return self._blobs.read(job.checkpoint) if job.checkpoint is not None else None
 
+    def lines(self, job: TrainingJob) -> Iterator[Example]:
+        """What the job trains on, and behind it what it is judged by. Raises what `examples` raises."""
+        return from_jsonl(self._blobs.read(job.spec.data_digest))
+
     def examples(self, job: TrainingJob) -> list[Example]:
         """What the job trains on. Raises StoreCorrupt unless the stored bytes match the digest."""
-        return self._stored(job)[: job.spec.examples]
+        return list(self.lines(job))[: job.spec.examples]
 
     def validation_examples(self, job: TrainingJob) -> list[Example]:
         """What the job is judged by, if it came with any. Raises what `examples` raises."""
-        return self._stored(job)[job.spec.examples :]
+        return list(self.lines(job))[job.spec.examples :]
 
-    def _stored(self, job: TrainingJob) -> list[Example]:
-        return from_jsonl(self._blobs.read(job.spec.data_digest))
+
+def _absent(asked: str) -> PrefixNotFound:
+    return PrefixNotFound(f"there is no prefix {asked[:80]!r}", param="init_from")
+
+
+def _length(source: PrefixVersion, asked: Any) -> int:
+    if asked not in (None, source.virtual_tokens):
+        what = f"a prefix that starts from {source.ref} has its {source.virtual_tokens} virtual tokens, not {asked}"
+        raise InvalidRequest(f"{what}; leave the option out", param="virtual_tokens")
+    return source.virtual_tokens
 
 
 def _enqueue(

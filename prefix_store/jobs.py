@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefix_store.errors import InvalidRequest
-from prefix_store.prefix import Method, check_template
+from prefix_store.prefix import check_template
 
 
 class JobStatus(StrEnum):
@@ -72,12 +72,6 @@ METHODS_WITH = {
     "frozen_tokens": ("prefix", "prefix_mlp"),
     "bottleneck": ("prefix_mlp", "prompt_mlp", "prompt_lstm"),
     "feature_map": ("prefix_plus",),
-}
-# What another prefix must have been tuned as for a built-in method to go on from it.
-STARTS_FROM = {
-    **dict.fromkeys(("prefix", "prefix_mlp"), (Method.PREFIX, Method.TEXT)),
-    **dict.fromkeys(("prompt", "prompt_mlp", "prompt_lstm"), (Method.PROMPT,)),
-    "prefix_plus": (Method.PREFIX_PLUS,),
 }
 METHOD_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
@@ -235,8 +229,9 @@ class JobError:
 class TrainingJob:
     """One job as the store knows it. `fence` grows with every claim; a write with an older fence is refused.
 
-    `lapses`: leases that ran out since it last got on. `checkpoint`: the digest of the blob that it goes on from.
-    `training_file`, `validation_file`: ids of the uploaded files that its examples were read from, if they were.
+    `heartbeat_at`: when its worker last said that it is alive. `lapses`: leases that ran out since it last got on.
+    `checkpoint`: the digest of the blob that it goes on from. `training_file`, `validation_file`: ids of the uploaded
+    files that its examples were read from, if they were.
     """
 
     id: str
@@ -249,6 +244,7 @@ class TrainingJob:
     fence: int = 0
     worker: str | None = None
     lease_until: float | None = None
+    heartbeat_at: float | None = None
     cancel_requested: bool = False
     pause_requested: bool = False
     lapses: int = 0

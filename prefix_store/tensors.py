@@ -85,29 +85,3 @@ def check_fits(manifest: PrefixManifest, geometry: ModelGeometry, base_digest: s
             f"{manifest.virtual_tokens} virtual tokens leave no room in a context of {context_length}",
             param="file",
         )
-
-
-def check_start(
-    ref: str,
-    manifest: PrefixManifest,
-    feature_map: str,
-    geometry: ModelGeometry,
-    base_digest: str,
-    context_length: int,
-) -> None:
-    """Raises PrefixMismatch unless training on the given model may go on from the prefix `ref` with this manifest.
-
-    `feature_map` is the job's, of which only a memory has any.
-    """
-    try:
-        check_fits(manifest, geometry, base_digest, context_length)
-    except PrefixMismatch as error:
-        raise PrefixMismatch(f"{ref}: {error.message}", param="init_from") from None
-    expected = {
-        # a method's prefixes have real tokens behind their virtual ones
-        "position_offset": (manifest.virtual_tokens, manifest.position_offset),
-        "feature_map": (feature_map if manifest.feature_map is not None else None, manifest.feature_map),
-    }
-    for field, (wanted, there) in expected.items():
-        if wanted != there:
-            raise PrefixMismatch(f"{ref}: expected {field} {wanted}, it has {there}", param="init_from")

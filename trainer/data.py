@@ -14,6 +14,7 @@ from prefix_store.jobs import TrainingSpec
 from prefix_store.model.example import Example, ExampleEncoder
 from prefix_store.model.frozen import FrozenModel
 from trainer import defaults
+from trainer.slices import Sliced, done
 
 IGNORED = -100  # the label of what is not a completion token
 VALID_SHARE, VALID_MOST, VALID_FROM = 0.1, 64, 10
@@ -60,19 +61,31 @@ def prepare(
     examples: Sequence[Mapping[str, Any]],
     validation: Sequence[Mapping[str, Any]] = (),
 ) -> TrainingData:
-    """Encodes a job's examples as serving would and chooses what the job left open.
+    """All of `preparing` at once."""
+    return done(preparing(frozen, spec, examples, validation))
+
+
+def preparing(
+    frozen: FrozenModel,
+    spec: TrainingSpec,
+    examples: Sequence[Mapping[str, Any]],
+    validation: Sequence[Mapping[str, Any]] = (),
+) -> Sliced[TrainingData]:
+    """Encodes a job's examples, a line at a time, as serving would, and chooses what the job left open.
 
     `validation` none sets some of the examples aside. Raises InvalidTrainingData with the line, ChatTemplateMissing,
     and ContextLengthExceeded where the prefix leaves no room.
     """
     asked, encoder = spec, ExampleEncoder(frozen.tokenizer, frozen.end_ids, spec.template, spec.chat_template)
     room = frozen.context_length
-    lines, judges = encode_lines(encoder, examples, room), encode_lines(encoder, validation, room, VALIDATION)
+    lines = yield from _encoding(encoder, examples, room)
+    judges = yield from _encoding(encoder, validation, room, VALIDATION)
     lengths = [len(example.ids) for line in lines + judges for example in line]
     spec = defaults.fill_room(spec, lengths, frozen.context_length)
     room = defaults.room_for_text(spec, frozen.context_length)
     if max(lengths) > room:
-        lines, judges = encode_lines(encoder, examples, room), encode_lines(encoder, validation, room, VALIDATION)
+        lines = yield from _encoding(encoder, examples, room)
+        judges = yield from _encoding(encoder, validation, room, VALIDATION)
     learned, judged = (lines, judges) if judges else split(lines, spec.seed)
     train = [example for line in learned for example in line]
     spec = defaults.fill_pace(spec, [len(example.ids) for example in train])
@@ -95,12 +108,19 @@ def encode_lines(
     encoder: ExampleEncoder, examples: Sequence[Mapping[str, Any]], room: int, param: str = "examples"
 ) -> list[list[Example]]:
     """What becomes of each line. Raises InvalidTrainingData with the line, counted from 1, and ChatTemplateMissing."""
+    return done(_encoding(encoder, examples, room, param))
+
+
+def _encoding(
+    encoder: ExampleEncoder, examples: Sequence[Mapping[str, Any]], room: int, param: str = "examples"
+) -> Sliced[list[list[Example]]]:
     found = []
     for line, example in enumerate(examples, start=1):
         try:
             found.append(encoder.encode(example, room))
         except InvalidTrainingData as error:
             raise InvalidTrainingData(f"{line_of(param)} {line}: {error.message}", param=param) from None
+        yield
     return found
 
 

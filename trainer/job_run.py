@@ -18,6 +18,7 @@ from trainer.lease import Lease
 from trainer.methods.base import NewMethod
 from trainer.methods.start import Start
 from trainer.progress import Meter, Progress, line, summary
+from trainer.slices import Sliced
 from trainer.tuning import StateMismatch, Tuning, is_due, saved_source
 from trainer.validation import Validation
 
@@ -41,21 +42,19 @@ class JobRun:
         self,
         store: Store,
         frozen: FrozenModel,
-        methods: Mapping[str, NewMethod],
+        new_method: NewMethod,
         lease: Lease,
+        parts: data.TrainingData,
         say: Callable[[str], None],
         clock: Callable[[], float],
     ) -> None:
-        """Reads the examples and, if there is one, the checkpoint.
+        """Reads the checkpoint, if there is one.
 
-        Raises PrefixMismatch, PrefixNotFound, InvalidTrainingData, InvalidRequest, ModelUnsupported, StoreUnavailable,
-        StoreCorrupt and what the lease raises.
+        Raises PrefixMismatch, PrefixNotFound, InvalidRequest, ModelUnsupported, StoreUnavailable and StoreCorrupt.
         """
         self.lease = lease
         self._store, self._frozen, self._say, self._clock = store, frozen, say, clock
-        check_base(self.job.spec, frozen)
-        new_method = find(methods, self.job.spec.method)
-        parts = self._prepare()
+        self._tell(parts.summary, chosen={name: getattr(parts.spec, name) for name in parts.chosen})
         self._spec, self._valid = parts.spec, parts.valid
         saved = self._saved()
         start = self._start(saved, parts.train)
@@ -180,16 +179,6 @@ class JobRun:
         if progress.valid_loss is not None or is_due(progress.step, progress.total_steps, POINTS):
             self._add_event("metrics", found)
 
-    def _prepare(self) -> data.TrainingData:
-        jobs, frozen = self._store.jobs, self._frozen
-        parts = data.prepare(frozen, self.job.spec, jobs.examples(self.job), jobs.validation_examples(self.job))
-        self._tell(parts.summary, chosen={name: getattr(parts.spec, name) for name in parts.chosen})
-        if parts.spec.context is None:
-            return parts
-        ask = partial(teacher.taught, frozen, parts.spec.context, batch_size=parts.spec.batch_size)
-        train, valid = (ask(examples, check=self.lease.check) for examples in (parts.train, parts.valid))
-        return dataclasses.replace(parts, train=train, valid=valid)
-
     def _tell(self, message: str, **more: object) -> None:
         self._say(f"{self.job.id}: {message}")
         self._add_event("message", {"message": message, **more})
@@ -198,6 +187,33 @@ class JobRun:
         # a gap in the history is no reason to end a run
         with suppress(StoreUnavailable):
             self._store.jobs.add_event(self.job, kind, content)
+
+
+def begin(
+    store: Store,
+    frozen: FrozenModel,
+    methods: Mapping[str, NewMethod],
+    lease: Lease,
+    say: Callable[[str], None],
+    clock: Callable[[], float],
+) -> Sliced[JobRun]:
+    """Makes a claimed job ready to train, a line of its examples at a time.
+
+    Raises what JobRun does, InvalidTrainingData, ChatTemplateMissing and ContextLengthExceeded.
+    """
+    spec = lease.job.spec
+    check_base(spec, frozen)
+    new_method = find(methods, spec.method)
+    rows = []
+    for row in store.jobs.lines(lease.job):
+        rows.append(row)
+        yield
+    parts = yield from data.preparing(frozen, spec, rows[: spec.examples], rows[spec.examples :])
+    if parts.spec.context is not None:
+        ask = partial(teacher.teaching, frozen, parts.spec.context, batch_size=parts.spec.batch_size)
+        train, valid = (yield from ask(parts.train)), (yield from ask(parts.valid))
+        parts = dataclasses.replace(parts, train=train, valid=valid)
+    return JobRun(store, frozen, new_method, lease, parts, say, clock)
 
 
 def check_base(spec: TrainingSpec, frozen: FrozenModel) -> None:

@@ -12,6 +12,7 @@ from trainer.tuning import Fit, Tuning
 class Progress:
     """Where a run stands after a step; losses in nats per completion token.
 
+    Speed and time left are None for a run that was taken up again and has yet to take its first step here.
     `trained_tokens`: tokens of all the examples that were shown, each as often as it was.
     """
 
@@ -20,8 +21,8 @@ class Progress:
     train_loss: float
     valid_loss: float | None
     learning_rate: float
-    tokens_per_second: float
-    seconds_left: float
+    tokens_per_second: float | None
+    seconds_left: float | None
     trained_tokens: int = 0
 
 
@@ -30,25 +31,25 @@ class Meter:
 
     def __init__(self, tuning: Tuning, clock: Callable[[], float]) -> None:
         self._tuning, self._clock = tuning, clock
-        self._started, self._first, self._tokens = clock(), tuning.step, 0
+        self._started, self._first, self._tokens = clock(), tuning.step, tuning.tokens
 
     def progress(self, train_loss: float, valid_loss: float | None) -> Progress:
-        """Once for every step, after it, and for one that was taken before but validated here."""
+        """After a step, or the validation of one that was taken before."""
         tuning, steps = self._tuning, self._tuning.spec.steps
-        self._tokens += tuning.batch_tokens
-        elapsed = max(self._clock() - self._started, 1e-9)
-        left = elapsed / max(1, tuning.step - self._first) * (steps - tuning.step)
-        speed = self._tokens / elapsed
+        speed = left = None
+        if (taken := tuning.step - self._first) > 0:
+            elapsed = max(self._clock() - self._started, 1e-9)
+            speed, left = (tuning.tokens - self._tokens) / elapsed, elapsed / taken * (steps - tuning.step)
         return Progress(tuning.step, steps, train_loss, valid_loss, tuning.rate, speed, left, tuning.tokens)
 
 
 def line(progress: Progress) -> str:
     """A step for people to read."""
-    valid = f", validation {progress.valid_loss:.3f}" if progress.valid_loss is not None else ""
-    return (
-        f"step {progress.step}/{progress.total_steps}, loss {progress.train_loss:.3f}{valid}, "
-        f"{progress.tokens_per_second:,.0f} tokens/s, {progress.seconds_left:.0f} s left"
-    )
+    parts = [f"step {progress.step}/{progress.total_steps}", f"loss {progress.train_loss:.3f}"]
+    parts += [f"validation {progress.valid_loss:.3f}"] if progress.valid_loss is not None else []
+    parts += [f"{progress.tokens_per_second:,.0f} tokens/s"] if progress.tokens_per_second is not None else []
+    parts += [f"{progress.seconds_left:.0f} s left"] if progress.seconds_left is not None else []
+    return ", ".join(parts)
 
 
 def summary(result: Fit) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 
-from prefix_store.errors import PrefixMismatch
+from prefix_store import job_start
 from prefix_store.jobs import TrainingJob
 from prefix_store.model import prompt
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import PrefixRef
 from prefix_store.store import Store
-from prefix_store.tensors import PrefixTensors, check_start
+from prefix_store.tensors import PrefixTensors, check_fits
 from trainer.data import Example
 from trainer.methods.start import Start
 
@@ -33,9 +34,8 @@ def _stored(store: Store, job: TrainingJob, frozen: FrozenModel) -> PrefixTensor
     assert spec.init_from is not None
     version = store.prefixes.resolve(PrefixRef.parse(spec.init_from, job.tenant), reader=job.tenant)
     manifest, tensors = store.prefixes.read(version)
-    model = (frozen.geometry, frozen.digest, frozen.context_length)
-    check_start(spec.init_from, manifest, spec.feature_map, *model)
-    if spec.virtual_tokens != manifest.virtual_tokens:
-        told = f"expected virtual_tokens {spec.virtual_tokens}, it has {manifest.virtual_tokens}"
-        raise PrefixMismatch(f"{spec.init_from}: {told}", param="init_from")
+    fits = partial(
+        check_fits, geometry=frozen.geometry, base_digest=frozen.digest, context_length=frozen.context_length
+    )
+    job_start.check(spec, manifest, fits)
     return tensors

@@ -7,7 +7,7 @@ it said stays with the examples: 20 tokens for each that counts, as in Cartridge
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -18,22 +18,17 @@ from prefix_store.model.example import TopTokens
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import Window
 from trainer.data import Example, batches
+from trainer.slices import Sliced
 
 TOP = 20
 
 
-def taught(
-    frozen: FrozenModel,
-    context: str,
-    examples: Sequence[Example],
-    batch_size: int,
-    check: Callable[[], None] = lambda: None,
-) -> list[Example]:
+def teaching(frozen: FrozenModel, context: str, examples: Sequence[Example], batch_size: int) -> Sliced[list[Example]]:
     """The examples, each with what the model holds likely at every token that counts, having read `context`.
 
-    An example stands behind the context without its BOS, for one text has one beginning. `check` is called before every
-    batch and stops the work by raising. Raises InvalidRequest for a context of less than two tokens,
-    ContextLengthExceeded where it leaves no room for the longest example.
+    A batch at a time. An example stands behind the context without its BOS, for one text has one beginning. Raises
+    InvalidRequest for a context of less than two tokens, ContextLengthExceeded where it leaves no room for the longest
+    example.
     """
     read = prompt.encode(frozen.tokenizer, context)
     if len(read) < 2:
@@ -48,8 +43,8 @@ def taught(
     kv = apply.prefill_kv(frozen, read[:-1])
     found: list[Example] = []
     for batch in batches(examples, batch_size):
-        check()
         found += _ask(frozen, kv, read[-1], batch)
+        yield
     return found
 
 

@@ -4,36 +4,31 @@ from __future__ import annotations
 
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 
-import torch
-
-from prefix_store.errors import AntefixError, LeaseLost, StoreUnavailable
+from prefix_store.errors import LeaseLost, StoreUnavailable
 from prefix_store.jobs import JobError, JobStatus, TrainingJob
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.store import Store
 from trainer import memory, training_model
-from trainer.job_run import JobRun, NoImprovement
+from trainer.failures import explain
+from trainer.job_run import JobRun, begin
 from trainer.lease import Cancelled, Lease, Leases, Paused
 from trainer.methods import METHODS
 from trainer.methods.base import NewMethod
+from trainer.slices import Sliced
 from trainer.step import score, step
 
 LOST = "lost"  # how a job ends for this worker when another owns it or the store cannot be told
 # Jobs that share a step. Arithmetic is the limit long before; a step should not take seconds.
 MOST = 16
 ASK_SECONDS = 0.5  # how often a busy worker looks for more jobs
-FAILURES: dict[type[Exception], str] = {
-    FloatingPointError: "training_diverged",
-    NoImprovement: "no_improvement",
-    torch.OutOfMemoryError: "out_of_memory",
-    MemoryError: "out_of_memory",
-}
-OUT_OF_MEMORY = "DefaultCPUAllocator"  # what torch's RuntimeError names when a CPU has no more
+# A job that begins is made ready between the steps of others, for so much of the time that a step takes; or while
+# nobody trains, for so many seconds before the worker looks up.
+SHARE, SLICE_SECONDS = 0.5, 0.5
 
 
 def say(line: str) -> None:
@@ -77,6 +72,9 @@ class Worker:
         self._ended = 0
         self._ask_at = 0.0
         self._wanted = 0  # bytes that the job which found no room needs
+        self._room = self._budget  # less than that once a step of several has run out of memory
+        self._coming: tuple[Lease, Sliced[JobRun]] | None = None  # claimed, and not ready to train
+        self._took = 0.0  # seconds of the last step
 
     def run(self, poll_seconds: float = 0.5) -> None:
         """Works until stopped; a store that cannot be reached is asked again. Once only."""
@@ -113,34 +111,50 @@ class Worker:
         A job that was with a worker that died is tried alone until it is saved: else it might take others with it.
         """
         ended = self._ended
-        self._admit()
-        for run in list(self._runs):
+        for run in list(self._runs):  # first, for what was handed back is there to be claimed
             self._guard(run, run.lease.check)
+        self._admit()
         active = [run for run in self._runs if run.is_suspect] or list(self._runs)
         training = [run for run in active if run.validation is None]
         scoring = [run for run in active if run.validation is not None]
+        begun = self._clock()
         if training:
-            for run, loss in zip(training, step(self._frozen, [run.tuning for run in training]), strict=True):
+            tunings = [run.tuning for run in training]
+            for run, loss in zip(training, step(self._frozen, tunings, self._apart), strict=True):
                 self._on_step()
                 self._take(run, loss, run.stepped)
         if scoring:
             passes = [run.validation for run in scoring if run.validation is not None]
-            for run, nats in zip(scoring, score(self._frozen, passes), strict=True):
+            for run, nats in zip(scoring, score(self._frozen, passes, self._apart), strict=True):
                 self._take(run, nats, run.scored)
+        self._took = self._clock() - begun
         for run in [run for run in active if run in self._runs]:
             if run.tuning.done and run.validation is None:
                 self._guard(run, partial(self._publish, run))
             elif run.wants_saving(self._checkpoint_seconds):
                 self._guard(run, partial(self._save, run))
-        return bool(active) or self._ended > ended
+        while len(self._runs) > 1 and self._used > self._room:
+            self._wanted = self._runs[-1].cost
+            self._rest(self._runs[-1])
+        return bool(active) or self._coming is not None or self._ended > ended
+
+    def _apart(self, error: Exception) -> None:
+        """Those that could not share a step for want of memory will not try again: the newest makes way."""
+        if memory.ran_out(error):
+            self._room = min(self._room, self._used - 1)
 
     def _admit(self) -> None:
-        if self._runs and self._clock() < self._ask_at:
+        if not self._runs:
+            self._room = self._budget
+        until = self._clock() + (SHARE * self._took if self._runs else SLICE_SECONDS)
+        if not self._is_ready(until) or (self._runs and self._clock() < self._ask_at):
             return
         try:
             self._make_room()
             while self._has_room() and (job := self._store.jobs.claim(self.name, self._lease_seconds)) is not None:
                 self._begin(job)
+                if not self._is_ready(until):
+                    return
         except StoreUnavailable:
             if not self._runs:
                 raise
@@ -162,8 +176,11 @@ class Worker:
         if self._stopping.is_set() or not self._runs:
             return not self._stopping.is_set()
         is_trying = any(run.is_suspect for run in self._runs)
-        used = sum(run.cost for run in self._runs)
-        return len(self._runs) < MOST and not is_trying and used + self._wanted <= self._budget
+        return len(self._runs) < MOST and not is_trying and self._used + self._wanted <= self._room
+
+    @property
+    def _used(self) -> int:
+        return sum(run.cost for run in self._runs)
 
     def _begin(self, job: TrainingJob) -> None:
         for run in self._runs:
@@ -175,13 +192,28 @@ class Worker:
             self._put_back(lease)
             return
         self._say(f"{job.id}: {job.tenant}/{job.name}, attempt {job.attempt}")
+        self._coming = lease, begin(self._store, self._frozen, self._methods, lease, self._say, self._clock)
+
+    def _is_ready(self, until: float) -> bool:
+        """Goes on with the job that is coming until a time, and at least by a slice; True once there is none."""
+        if self._coming is None:
+            return True
+        lease, work = self._coming
         try:
-            run = JobRun(self._store, self._frozen, self._methods, lease, self._say, self._clock)
+            lease.check()
+            next(work)
+            while self._clock() < until:
+                next(work)
+        except StopIteration as end:
+            self._join(lease, end.value)
         except Exception as error:
+            self._coming = None
             self._fail(lease, error)
-            return
-        self._wanted = 0
-        if self._runs and sum(run.cost for run in self._runs) + run.cost > self._budget:
+        return self._coming is None
+
+    def _join(self, lease: Lease, run: JobRun) -> None:
+        self._coming, self._wanted = None, 0
+        if self._runs and self._used + run.cost > self._room:
             # another worker may have the room; this one takes no other before, so that it comes to its turn
             self._wanted = run.cost
             self._put_back(lease)
@@ -251,6 +283,9 @@ class Worker:
 
     def _leave(self) -> None:
         """Saves every run and puts its job back into the queue."""
+        if self._coming is not None:
+            self._put_back(self._coming[0])
+            self._coming = None
         for run in list(self._runs):
             self._rest(run)
 
@@ -261,16 +296,3 @@ class Worker:
         self._runs.remove(run)
         self._say(f"{run.job.id}: handed back")
         self._end(run.lease, JobStatus.QUEUED)
-
-
-def explain(error: Exception) -> JobError:
-    """A failure as its job records it; what nobody foresaw is also printed in full."""
-    if isinstance(error, AntefixError):
-        return JobError(error.code, error.message)
-    if isinstance(error, RuntimeError) and OUT_OF_MEMORY in str(error):
-        return JobError("out_of_memory", str(error)[:500])
-    for kind, code in FAILURES.items():
-        if isinstance(error, kind):
-            return JobError(code, str(error)[:500] or code)
-    traceback.print_exception(error)
-    return JobError("training_failed", f"{type(error).__name__}: {error}"[:500])

@@ -102,5 +102,5 @@ def line(job: dict[str, Any]) -> str:
     if job["error"]:
         parts.append(f"{job['error']['code']}: {job['error']['message']}")
     if job["status"] == "running":
-        parts += [word for flag, word in ASKED.items() if job.get(flag)][:1]
+        parts += [word for flag, word in ASKED.items() if job.get(flag)][:1] + watch.silence(job)
     return printable("\t".join(parts))

@@ -14,6 +14,7 @@ from prefix_store.jobs import JobStatus
 
 POLL_SECONDS = 0.5
 WAITS = "queued, waiting for a worker; if none runs, start one: antefix worker"
+SILENCE = 10  # seconds without a heartbeat, of which there is one in four, that are worth a word
 LINES = 10  # a run, where there is no bar
 FORMS = {
     "train_loss": "loss {:.3f}",
@@ -77,8 +78,9 @@ class History:
 def numbers(job: dict[str, Any], progress: dict[str, Any]) -> str:
     """Step, losses, rate, speed and time left, as far as they are known."""
     if "step" not in progress:
-        return WAITS if job["status"] == JobStatus.QUEUED else printable(job["status"])
-    return printable("  ".join([f"step {progress['step']}/{_total(job, progress) or '?'}", *figures(progress)]))
+        return WAITS if job["status"] == JobStatus.QUEUED else printable("  ".join([job["status"], *silence(job)]))
+    step = f"step {progress['step']}/{_total(job, progress) or '?'}"
+    return printable("  ".join([step, *figures(progress), *silence(job)]))
 
 
 def figures(progress: dict[str, Any]) -> list[str]:
@@ -87,6 +89,12 @@ def figures(progress: dict[str, Any]) -> list[str]:
     if progress.get("seconds_left") is not None:
         parts.append(f"{clock(progress['seconds_left'])} left")
     return parts
+
+
+def silence(job: dict[str, Any]) -> list[str]:
+    """A word on a running job whose worker is no longer heard of; another takes it when its lease has run out."""
+    seconds = job.get("silent_seconds") or 0
+    return [f"no sign of life for {seconds} s"] if seconds >= SILENCE else []
 
 
 def _total(job: dict[str, Any], progress: dict[str, Any]) -> Any:
@@ -108,9 +116,10 @@ class _Lines:
         typer.echo(message, err=True)
 
     def show(self, job: dict[str, Any], progress: dict[str, Any]) -> None:
-        """A line when the job's state changes, and then for every tenth of its steps."""
+        """A line when the job's state changes or its worker falls silent, and then for every tenth of its steps."""
         total = _total(job, progress)
         share = LINES * progress["step"] // total if total and "step" in progress else job["status"]
+        share = "silent" if silence(job) else share
         if share not in (self._shown, *FINAL):
             self._shown = share
             self.say(numbers(job, progress))

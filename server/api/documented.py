@@ -44,7 +44,8 @@ WHOLE_PREFIX = {**PREFIX, "current": True, "aliases": ["stable"]}
 JOB: dict[str, Any] = {
     **{"id": "ftjob-1f0c8a9d3b5e7f2a4c6d8e0b", "object": "job", "prefix_id": "mine", "status": "queued"},
     **{"version": None, "created_at": 1_790_000_000, "started_at": None, "finished_at": None, "attempt": 0},
-    **{"cancel_requested": False, "pause_requested": False, "progress": None, "error": None},
+    **{"heartbeat_at": None, "silent_seconds": None, "cancel_requested": False, "pause_requested": False},
+    **{"progress": None, "error": None},
     **{"examples": 1, "validation_examples": 0, "options": {"method": "prefix", "steps": None}},
 }
 CARD = {

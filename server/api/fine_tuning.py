@@ -112,8 +112,9 @@ def _create(services: Services, caller: Caller, key: str | None, body: FineTunin
         about = {field: getattr(body, field) for field in ABOUT}
         jobs, tenant = services.store.jobs, caller.tenant
         with body.as_written():
-            options = training.for_this_server(services, caller, options, data + judges, "training_file")
-            made = jobs.submit(tenant, name, data, options, services.methods, caller.by, also, judges, about)
+            options = training.for_this_server(services, options, data + judges, "training_file")
+            fits = training.fits(services)
+            made = jobs.submit(tenant, name, data, options, services.methods, caller.by, also, judges, about, fits)
         return _shown(services, made)
 
     return repeats.answer(services, caller, key, ["fine-tune", body.model_dump()], work)

@@ -23,6 +23,8 @@ class Job(TypedDict):
     started_at: int | None
     finished_at: int | None
     attempt: int
+    heartbeat_at: int | None
+    silent_seconds: int | None
     cancel_requested: bool
     pause_requested: bool
     progress: Object | None

@@ -10,6 +10,7 @@ from fastapi import Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from prefix_store import examples
 from prefix_store.errors import InvalidRequest
 from prefix_store.jobs import Objective
 from server.api import errors, hints
@@ -32,10 +33,12 @@ TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 def _examples(given: Any) -> list[dict[str, Any]]:
     """In Python, which lets others in: pydantic would copy a million of them at one go."""
     if not isinstance(given, list) or not given:
-        raise PydanticCustomError("examples", "Input should be a list of one or more examples")
-    for number, example in enumerate(given):
+        came = examples.kind(given) if given != [] else "an empty list"
+        raise PydanticCustomError("examples", "expected a list of one or more examples, got {came}", {"came": came})
+    for line, example in enumerate(given, start=1):
         if not isinstance(example, dict):
-            raise PydanticCustomError("examples", "Input should be a list of objects; item {n} is none", {"n": number})
+            told = {"line": line, "expected": examples.EXPECTED, "came": examples.kind(example)}
+            raise PydanticCustomError("examples", "line {line}: expected an object {expected}, got {came}", told)
     return given
 
 

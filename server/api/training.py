@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
-from prefix_store import codec, job_report
+from prefix_store import job_report
 from prefix_store.backends.base import Transaction
-from prefix_store.errors import InvalidName, InvalidRequest, JobNotFound, PrefixNotFound
-from prefix_store.jobs import JobEvent, TrainingJob, TrainingSpec
+from prefix_store.errors import InvalidRequest, JobNotFound
+from prefix_store.job_start import Fits
+from prefix_store.jobs import JobEvent, TrainingJob
 from prefix_store.model.prompt import check_chat_template
-from prefix_store.tensors import check_start
+from prefix_store.tensors import check_fits
 from server.api import queries, references, repeats, schemas, views
 from server.api.auth import Caller, Calling
 from server.api.repeats import Keep, Reply
@@ -108,12 +110,11 @@ def report_of(services: Services, job: TrainingJob) -> dict[str, Any]:
 
 
 def for_this_server(
-    services: Services, caller: Caller, options: dict[str, Any], examples: list[dict[str, Any]], param: str
+    services: Services, options: dict[str, Any], examples: list[dict[str, Any]], param: str
 ) -> dict[str, Any]:
     """A job's options with what the server adds to them: its model and, for messages, how it writes them.
 
-    Raises InvalidRequest for a prefix that leaves no room, InvalidName, PrefixNotFound and PrefixMismatch for an
-    `init_from` that is none or does not fit the model, ChatTemplateMissing, naming `param`. Blocking.
+    Raises InvalidRequest for a prefix that leaves no room, and ChatTemplateMissing, naming `param`.
     """
     asked = options.get("virtual_tokens", 1)
     if asked + 2 > services.frozen.context_length:
@@ -122,39 +123,33 @@ def for_this_server(
             param="virtual_tokens",
         )
     added: dict[str, Any] = {"base_digest": services.frozen.digest}
-    if "init_from" in options:
-        added["init_from"] = _checked_start(services, caller, options)
     if any("messages" in example for example in examples):
         check_chat_template(services.frozen.tokenizer, services.chat_template, param)
         added["chat_template"] = services.chat_template
     return options | added
 
 
-def _checked_start(services: Services, caller: Caller, options: dict[str, Any]) -> str:
-    """The version that a job is to start from, which its model could serve."""
-    prefixes, frozen = services.store.prefixes, services.frozen
-    try:
-        version = references.resolve(services, options["init_from"], caller)
-    except (InvalidName, PrefixNotFound) as error:
-        raise type(error)(f"init_from: {error.message}", param="init_from") from None
-    with prefixes.file(version) as path:
-        manifest = codec.read_manifest(path)
-    phi = options.get("feature_map", TrainingSpec.feature_map)
-    check_start(str(version.ref), manifest, phi, frozen.geometry, frozen.digest, frozen.context_length)
-    return str(version.ref)
+def fits(services: Services) -> Fits:
+    """What raises PrefixMismatch for a prefix that is not for this server's model."""
+    frozen = services.frozen
+    return partial(
+        check_fits, geometry=frozen.geometry, base_digest=frozen.digest, context_length=frozen.context_length
+    )
 
 
 def _train(services: Services, caller: Caller, key: str | None, name: str, body: TrainBody) -> Reply:
     examples, validation = body.examples, body.validation_examples or []
 
     def work(keep: Keep) -> Reply:
-        options = for_this_server(services, caller, body.options(), examples + validation, "examples")
+        options = for_this_server(services, body.options(), examples + validation, "examples")
 
         def also(transaction: Transaction, job: TrainingJob) -> None:
             keep(transaction, _accepted(job))
 
         jobs = services.store.jobs
-        made = jobs.submit(caller.tenant, name, examples, options, services.methods, caller.by, also, validation)
+        made = jobs.submit(
+            caller.tenant, name, examples, options, services.methods, caller.by, also, validation, fits=fits(services)
+        )
         return _accepted(made)
 
     return repeats.answer(services, caller, key, ["train", name, examples, validation, body.options()], work)

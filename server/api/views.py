@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from prefix_store import layout
-from prefix_store.jobs import JobEvent, TrainingJob
+from prefix_store.jobs import JobEvent, JobStatus, TrainingJob
 from prefix_store.name_records import NameRecord
 from prefix_store.prefix import PrefixVersion
 
@@ -52,7 +53,12 @@ def sharing(name: str, record: NameRecord) -> dict[str, Any]:
 
 
 def job(found: TrainingJob) -> dict[str, Any]:
-    """A training job. An option that is left to the worker is null."""
+    """A training job. An option that is left to the worker is null.
+
+    `silent_seconds`: how long a running one's worker has not said that it is alive; a dead one is noticed when its
+    lease runs out.
+    """
+    is_heard = found.status is JobStatus.RUNNING and found.heartbeat_at is not None
     options = found.spec.to_json() | dict.fromkeys(found.spec.unset)
     return {
         "id": found.id,
@@ -64,6 +70,8 @@ def job(found: TrainingJob) -> dict[str, Any]:
         "started_at": _seconds(found.started_at),
         "finished_at": _seconds(found.finished_at),
         "attempt": found.attempt,
+        "heartbeat_at": _seconds(found.heartbeat_at),
+        "silent_seconds": max(0, int(time.time() - (found.heartbeat_at or 0.0))) if is_heard else None,
         "cancel_requested": found.cancel_requested,
         "pause_requested": found.pause_requested,
         "progress": found.progress,

@@ -1,4 +1,4 @@
-"""The README's measured figures, generated from `docs/results`: `python -m tests.bench.figures [--check]`."""
+"""Measured figures in README and docs, generated from `docs/results`: `python -m tests.bench.figures [--check]`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from tests.bench import results
 from tests.bench.sections import SECTIONS
 from tests.prove.proofs import PROOFS
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "claims.md")
 SHOWN = SECTIONS | PROOFS
 BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 
 
-def rendered(text: str) -> str:
-    """The README with every marked block filled from its results file; one that was never measured stays empty.
+def rendered(text: str, others: str = "") -> str:
+    """A page with every marked block filled from its results file; one that was never measured stays empty.
 
-    Raises SystemExit if a measured section has no block.
+    Raises SystemExit if a measured section has no block here or in the text of the `others`.
     """
-    blocks = {match[2] for match in BLOCK.finditer(text)}
+    blocks = {match[2] for match in BLOCK.finditer(text + others)}
     missing = [name for name in SHOWN if results.path(name).exists() and name not in blocks]
     if missing:
-        sys.exit(f"README.md: no block for the figures of {', '.join(sorted(missing))}")
+        sys.exit(f"no block for the figures of {', '.join(sorted(missing))}")
     return BLOCK.sub(lambda match: match[1] + _figures(match[2]) + match[3], text)
 
 
@@ -39,16 +40,17 @@ def _figures(section: str) -> str:
 
 
 def main() -> None:
-    """Rewrites the README, or with --check only says whether it is up to date."""
+    """Rewrites the pages, or with --check only says whether they are up to date."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    text = README.read_text()
-    new = rendered(text)
-    if check and new != text:
-        sys.exit("README.md: the figures differ from docs/results; run python -m tests.bench.figures")
-    if not check:
-        README.write_text(new)
+    texts = {page: page.read_text() for page in PAGES}
+    for page, text in texts.items():
+        new = rendered(text, "".join(texts.values()))
+        if check and new != text:
+            sys.exit(f"{page.name}: the figures differ from docs/results; run python -m tests.bench.figures")
+        if not check:
+            page.write_text(new)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def chat(*messages):
 )
 def test_an_example_is_kept_in_one_way(example, kept):
     assert to_jsonl([example]).decode() == kept + "\n"
-    assert examples.from_jsonl(to_jsonl([example])) == [canonical(example)]
+    assert list(examples.from_jsonl(to_jsonl([example]))) == [canonical(example)]
     assert canonical(canonical(example)) == canonical(example)
 
 
@@ -46,7 +46,9 @@ def test_an_example_is_kept_in_one_way(example, kept):
     ("example", "message"),
     [
         ([1], f"expected an object {re.escape(examples.EXPECTED)}, got a list"),
+        (None, "got null"),
         ({}, "got an object with nothing"),
+        ({**PAIR, "prompt": None}, "got an object with 'completion', and null as 'prompt'"),
         ({"prompt": "a"}, "got an object with 'prompt'"),
         ({**PAIR, "weight": "1"}, "'weight' is no field beside 'prompt' and 'completion'"),
         ({**{f"x{n}": n for n in range(9)}, **PAIR}, "'x0' is no field beside 'prompt' and 'completion'"),
@@ -70,13 +72,26 @@ def test_an_example_is_kept_in_one_way(example, kept):
         (chat(USER, {"role": "assistant", "content": " "}), r"messages\[1\].content is empty"),
         (
             chat({"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT),
-            "must be text, and a part of it is none",
+            r"messages\[0\].content\[0\] must be a part of type 'text', got a part of type 'image_url'",
         ),
-        (chat({"role": "user", "content": [{"type": "text"}]}, ASSISTANT), "content.text must be a text, got null"),
+        (
+            chat({"role": "user", "content": [{"type": "text", "text": "a"}, None]}, ASSISTANT),
+            r"messages\[0\].content\[1\] must be a part of type 'text', got null",
+        ),
+        (
+            chat({"role": "user", "content": [{"type": "text"}]}, ASSISTANT),
+            r"messages\[0\].content\[0\].text must be a text, got null",
+        ),
         (chat(USER, {**ASSISTANT, "tool_calls": []}), r"messages\[1\] has the field 'tool_calls'; known are role"),
         (chat(USER, {**ASSISTANT, "weight": 0.5}), "weight must be 0 or 1"),
-        (chat(USER, {**ASSISTANT, "weight": True}), "weight must be 0 or 1"),
-        (chat({**USER, "weight": 1}, ASSISTANT), "weight must be 0 or 1 and stand in an assistant's message"),
+        (
+            chat(USER, {**ASSISTANT, "weight": True}),
+            "weight must .*, got a truth value in one of role assistant",
+        ),
+        (
+            chat({**USER, "weight": 1}, ASSISTANT),
+            "weight must be 0 or 1 and stand in an assistant's message, got 1 in one of role user",
+        ),
         (chat(ASSISTANT, USER, ASSISTANT), r"messages\[0\] is an assistant's, and nothing stands before it"),
         (chat({**USER, "name": ""}, ASSISTANT), r"messages\[0\].name is empty"),
     ],

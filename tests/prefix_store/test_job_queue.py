@@ -91,6 +91,7 @@ def test_a_heartbeat_extends_the_lease_and_records_progress(backend, queue, cloc
     clock.now += LEASE - 1
     assert queue.claim("w2", LEASE) is None
     beaten = queue.job("acme", "ftjob-1")
+    assert (job.heartbeat_at, beaten.heartbeat_at) == (1000.0, 1059.0)
     assert (beaten.progress, beaten.lease_until) == ({"step": 3, "loss": 0.5}, 1059.0 + LEASE)
 
 

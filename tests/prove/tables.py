@@ -13,10 +13,10 @@ from rich.progress import Progress as Bar
 from prefix_store.jobs import TrainingSpec
 from server.engine.prefix_loader import payload_of
 from server.scheduler.sampling_params import SamplingParams
+from tests.judging import nats_per_token
 from tests.prove.bundled import Bench, data_folder, load
 from trainer import training_model
 from trainer.data import batches, tokenize
-from trainer.evaluate import nats_per_token
 from trainer.loop import Fit, fit
 from trainer.methods import METHODS
 from trainer.methods.base import TuningMethod

@@ -10,9 +10,9 @@ import torch
 from prefix_store.errors import ModelUnsupported
 from prefix_store.jobs import TrainingSpec
 from prefix_store.model import apply, frozen
+from tests.judging import nats_per_token
 from tests.models import tiny_frozen, tiny_tokenizer
 from trainer import data, schedule
-from trainer.evaluate import nats_per_token
 from trainer.loop import fit
 from trainer.methods.prefix import DirectKV
 from trainer.progress import Progress

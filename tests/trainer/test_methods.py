@@ -15,10 +15,10 @@ from prefix_store import tensors
 from prefix_store.jobs import BUILT_IN_METHODS, DEFAULTS, TrainingSpec
 from prefix_store.model import apply
 from prefix_store.model.frozen import BUNDLED, FrozenModel, load
+from tests.judging import nats_per_token
 from tests.models import tiny_frozen
 from trainer import data, training_model
 from trainer.data import Example
-from trainer.evaluate import nats_per_token
 from trainer.loop import fit
 from trainer.methods import METHODS
 
@@ -68,5 +68,5 @@ def test_what_may_be_submitted_is_what_can_be_trained():
 
 def test_training_needs_no_web_and_no_settings_library():
     absent = ("pydantic", "pydantic_settings", "fastapi", "uvicorn", "redis", "structlog")
-    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import trainer.evaluate, trainer.worker"
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import trainer.worker"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,11 +13,14 @@ def test_a_run_that_was_taken_up_again_is_measured_from_there():
     again.load(first.to_bytes("m"), "m")
     meter = Meter(again, count(0.0, 2.0).__next__)
     waiting = meter.progress(1.5, 2.5)
-    assert (waiting.step, waiting.valid_loss, waiting.tokens_per_second) == (10, 2.5, 0.0)
+    assert (waiting.step, waiting.valid_loss) == (10, 2.5)
+    assert (waiting.tokens_per_second, waiting.seconds_left) == (None, None), "nothing was trained here yet"
+    assert line(waiting).endswith("validation 2.500")
     step(FROZEN, [again])
     progress = meter.progress(1.0, None)
-    assert (progress.step, progress.total_steps, progress.seconds_left) == (11, 20, 4.0 * 9)
-    assert progress.tokens_per_second == again.batch_tokens / 4.0
+    assert (progress.step, progress.total_steps, progress.seconds_left) == (11, 20, 2.0 * 9)
+    assert progress.tokens_per_second == (again.tokens - first.tokens) / 2.0
+    assert again.tokens > 2 * (again.tokens - first.tokens), "else this shows nothing"
 
 
 def test_a_step_reads_well():

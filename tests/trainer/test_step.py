@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -120,6 +122,23 @@ def test_memory_too_little_for_all_may_do_for_each(culprit: int | None, monkeypa
         assert failed == ([culprit] if culprit is not None else [])
     well = [number for number in range(len(JOBS)) if number != culprit]
     assert largest([prefixes(together)[n] for n in well], [apart[n] for n in well]) < 1e-5
+
+
+def test_what_failed_leaves_nothing_behind_that_takes_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[weakref.ref[torch.Tensor]] = []
+
+    def greedy(frozen, groups):
+        assert all(held() is None for held in kept), "the one before would take the memory of this one"
+        large = torch.zeros(1000)
+        kept.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(forward, "losses", greedy)
+    told: list[Exception] = []
+    found = step.step(FROZEN, runs(), told.append)
+    assert [type(error) for error in found] == [torch.OutOfMemoryError] * len(JOBS)
+    assert [type(error) for error in told] == [torch.OutOfMemoryError]
+    assert len(kept) == 1 + len(JOBS)
 
 
 def test_a_run_without_gradient_ends_and_the_rest_step_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from itertools import count
-
 import pytest
 import torch
 
@@ -15,7 +13,8 @@ from trainer.data import Example
 from trainer.forward import Group
 from trainer.loop import fit
 from trainer.methods.prefix import DirectKV
-from trainer.teacher import TOP, taught
+from trainer.slices import done
+from trainer.teacher import TOP, teaching
 
 FAMILIES = ["gpt2", "llama", "mistral"]  # with a window that leaves most of the context behind
 TEXT = "The cat of Ann is called Mo. The dog of Ben is called Rex."
@@ -24,6 +23,10 @@ EXAMPLES = [Example((BOS, 5, 6, 7, 8, EOS), 3), Example((BOS, 9, 4), 1), Example
 
 def attached(family: str, *, bos: bool = True) -> FrozenModel:
     return apply.attach(tiny_frozen(family, bos=bos))
+
+
+def taught(frozen: FrozenModel, context: str, examples: list[Example], size: int) -> list[Example]:
+    return done(teaching(frozen, context, examples, size))
 
 
 @torch.no_grad()
@@ -68,16 +71,9 @@ def test_an_example_does_not_depend_on_its_neighbours(size):
         torch.testing.assert_close(one.teacher.probabilities, other.teacher.probabilities, atol=1e-5, rtol=1e-3)
 
 
-def test_every_batch_is_asked_for_leave():
-    calls = count()
-
-    def stop_at_the_second() -> None:
-        if next(calls) == 1:
-            raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        taught(attached("llama"), TEXT, EXAMPLES, 1, stop_at_the_second)
-    assert next(calls) == 2
+def test_others_have_their_turn_after_every_batch():
+    for size, batches in ((1, 3), (2, 2), (3, 1)):
+        assert len(list(teaching(attached("llama"), TEXT, EXAMPLES, size))) == batches
 
 
 def test_a_context_that_does_not_fit_is_refused():

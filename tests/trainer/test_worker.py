@@ -11,7 +11,9 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from itertools import groupby, pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,12 +22,13 @@ from prefix_store import job_report, tensors
 from prefix_store.errors import PayloadTooLarge, PrefixNotFound, StoreUnavailable
 from prefix_store.jobs import JobStatus, TrainingJob, TrainingSpec
 from prefix_store.model import apply
+from prefix_store.model.example import Example, ExampleEncoder
 from prefix_store.prefix import Method, PrefixRef, Window
 from prefix_store.store import Store
 from tests.models import CONTEXT, save_tiny, tiny_frozen
-from trainer import data, memory
+from trainer import data, forward, memory
 from trainer.job_run import JobRun
-from trainer.worker import Worker
+from trainer.worker import SHARE, Worker
 
 TENANT, NAME = "acme", "numbers"
 FROZEN = apply.attach(tiny_frozen("llama"))
@@ -351,7 +354,8 @@ def test_a_stopped_worker_hands_its_job_back(store):
     assert "going on from step 4" in said(store, job)
 
 
-def test_a_step_that_takes_too_long_is_not_waited_for(store):
+def test_a_step_that_takes_too_long_is_not_waited_for(store, monkeypatch):
+    monkeypatch.setattr("trainer.worker.ASK_SECONDS", 0.0)  # so that it is asked for while its old run is still there
     job, ends = submit(store), []
     worker = make_worker(store, on_step=at_step(4, lambda: worker.hand_back()), on_end=ends.append)
     worker.run_until_empty()
@@ -555,10 +559,111 @@ def test_in_a_full_worker_who_has_several_makes_way_for_who_has_none(store, monk
     late = at_step(20, lambda: store.jobs.submit("other", "late", EXAMPLES, QUICK))
     worker, together = watched(store, late, memory_bytes=2 * cost())
     worker.run_until_empty()
-    order = [set(names) for names, before in zip(together, [set(), *together], strict=False) if names != before]
+    # a is alone while who comes is made ready
+    order = [names for names, _ in groupby(names for names in together if names != {"a"})]
     assert order[:3] == [{"a", "b"}, {"a", "late"}, {"a", "b"}]
     assert torch.equal(kept(store, "b"), kept(store, "whole"))
     assert store.jobs.job_counts()[JobStatus.SUCCEEDED] == 4
+
+
+@pytest.mark.parametrize("share", [SHARE, 1e9])
+def test_a_large_job_that_begins_keeps_nobody_waiting(store, monkeypatch, share):
+    """On a clock that only steps (100 ms) and lines that are encoded (1 ms) move; with a share of all, it shows."""
+    monkeypatch.setattr("trainer.worker.ASK_SECONDS", 0.0)
+    monkeypatch.setattr("trainer.worker.SHARE", share)
+    time_now, steps, encode = [0.0], [], ExampleEncoder.encode
+    submit(store, name="small", steps=80)
+    big = [{"prompt": f"{number} is", "completion": " a number"} for number in range(600)]
+
+    def slowly(self: ExampleEncoder, *given: Any) -> list[Example]:
+        time_now[0] += 0.001
+        return encode(self, *given)
+
+    def on_step() -> None:
+        if all(run.job.name == "small" or run.tuning.step == 0 for run in worker._runs):
+            steps.append(time_now[0])
+        time_now[0] += 0.1
+        begin()
+
+    monkeypatch.setattr(ExampleEncoder, "encode", slowly)
+    begin = at_step(3, lambda: submit(store, big, name="big", steps=20))
+    worker = make_worker(store, on_step=on_step, clock=lambda: time_now[0])
+    assert worker.run_until_empty() == 2
+    assert store.jobs.job_counts()[JobStatus.SUCCEEDED] == 2
+    gaps = [after - before for before, after in pairwise(steps)]
+    assert max(gaps) <= 0.2 if share == SHARE else max(gaps) > 0.6
+    assert len(steps) < 80, "and the large one had its turn"
+
+
+def test_a_job_that_is_made_ready_can_be_cancelled(store, monkeypatch):
+    monkeypatch.setattr("trainer.worker.SLICE_SECONDS", 0.0)
+    job, encode, ends = submit(store, EXAMPLES * 50), ExampleEncoder.encode, []
+
+    def slowly(self: ExampleEncoder, *given: Any) -> list[Example]:
+        store.jobs.job(TENANT, job.id).cancel_requested or store.jobs.request_cancel(TENANT, job.id)
+        encoded.append(1)
+        time.sleep(0.01)
+        return encode(self, *given)
+
+    encoded: list[int] = []
+    monkeypatch.setattr(ExampleEncoder, "encode", slowly)
+    make_worker(store, on_end=ends.append, heartbeat_seconds=0.01).run_until_empty()
+    assert (ends, now(store, job).status) == (["cancelled"], JobStatus.CANCELLED)
+    assert len(encoded) < 600
+
+
+def test_a_job_that_is_made_ready_goes_back_when_its_worker_stops(store, monkeypatch):
+    monkeypatch.setattr("trainer.worker.SLICE_SECONDS", 0.0)
+    job, encode = submit(store, EXAMPLES * 50), ExampleEncoder.encode
+
+    def stop(self: ExampleEncoder, *given: Any) -> list[Example]:
+        worker.stop()
+        return encode(self, *given)
+
+    monkeypatch.setattr(ExampleEncoder, "encode", stop)
+    worker = make_worker(store)
+    worker.run()
+    assert (now(store, job).status, now(store, job).attempt) == (JobStatus.QUEUED, 0)
+
+
+def scarce(monkeypatch, most: int) -> list[int]:
+    """Memory for the rows of so many jobs at a time; how many asked for it, each time."""
+    asked, losses = [], forward.losses
+
+    def measured(frozen, groups):
+        if not torch.is_grad_enabled():
+            return losses(frozen, groups)
+        asked.append(len(groups))
+        if len(groups) > most:
+            raise torch.OutOfMemoryError("no more")
+        return losses(frozen, groups)
+
+    monkeypatch.setattr(forward, "losses", measured)
+    return asked
+
+
+def test_jobs_that_run_out_of_memory_together_do_not_try_again(store, monkeypatch):
+    monkeypatch.setattr("trainer.worker.ASK_SECONDS", 0.0)
+    for name in "abcd":
+        submit(store, name=name)
+    asked = scarce(monkeypatch, 2)
+    worker, together = watched(store)
+    worker.run_until_empty()
+    assert store.jobs.job_counts()[JobStatus.SUCCEEDED] == 4
+    assert [count for count in asked if count > 2] == [4, 3], "each was tried once"
+    assert {"a", "b"} in together
+    assert {"c", "d"} in together
+
+
+def test_jobs_that_run_out_of_memory_alone_fail_with_what_to_do(store, monkeypatch):
+    jobs = [submit(store, name=name) for name in "abc"]
+    asked = scarce(monkeypatch, 0)
+    make_worker(store).run_until_empty()
+    for job in jobs:
+        error = now(store, job).error
+        assert error.code == "out_of_memory"
+        assert error.message.startswith("a step took more memory than there is; a smaller batch_size or max_length")
+    assert asked == [3, 1, 1, 1]
 
 
 def test_one_that_fails_is_alone_in_it(store):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -30,14 +31,30 @@ class LSTMStates(nn.LSTM):
 
 
 class EncodedPrompt(PromptMethod):
-    """`P` virtual tokens as input embeddings `[P, E]` that an encoder with a width of `spec.bottleneck` makes."""
+    """`P` virtual tokens as input embeddings `[P, E]` that an encoder with a width of `spec.bottleneck` makes.
+
+    `gain`: how many times as large as torch draws them its weights are. As drawn, numbers shrink from layer to layer,
+    in an LSTM to a hundredth: the last layer's fitted weights are then large, and a step of them, in the unit of what
+    was drawn, moves next to nothing.
+    """
+
+    gain: ClassVar[float]
 
     def __init__(self, frozen: FrozenModel, spec: TrainingSpec, start: Start) -> None:
         super().__init__(frozen, spec)
         target = self.initial_embeds(spec, start)
         width = target.shape[1]
-        body = partial(self.body, width, spec.bottleneck)
-        self.encoder = Encoder(body, width, target, target.std(), spec.seed)
+        self.encoder = Encoder(partial(self.drawn, width, spec.bottleneck), width, target, target.std(), spec.seed)
+
+    @classmethod
+    def drawn(cls, width: int, middle: int) -> nn.Module:
+        """A new body with weights of a size that suits."""
+        made = cls.body(width, middle)
+        with torch.no_grad():
+            for name, weights in made.named_parameters():
+                if "weight" in name:
+                    weights.mul_(cls.gain)
+        return made
 
     @staticmethod
     @abstractmethod
@@ -56,6 +73,8 @@ class EncodedPrompt(PromptMethod):
 class MLPPrompt(EncodedPrompt):
     """P-tuning with an MLP, in which virtual tokens share weights and do not see one another."""
 
+    gain = 3.0
+
     @staticmethod
     def body(width: int, middle: int) -> nn.Module:
         """The first two of three layers."""
@@ -64,6 +83,8 @@ class MLPPrompt(EncodedPrompt):
 
 class LSTMPrompt(EncodedPrompt):
     """P-tuning with an LSTM, in which each virtual token depends on those before and behind it."""
+
+    gain = 4.0
 
     @staticmethod
     def body(width: int, middle: int) -> nn.Module:

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from prefix_store.cli import jobs
 from tests.prefix_store.cli.conftest import Antefix, Running
 
 
@@ -62,6 +63,15 @@ def test_a_running_job_shows_its_step(antefix: Antefix, running: Running, tmp_pa
     assert f"{job_id}\tsums\trunning\tstep 3 of 200\t{figures}\n" in antefix("jobs").stdout
     assert antefix("jobs", "pause", job_id).stdout.endswith("\tpausing\n")
     assert antefix("jobs", "cancel", job_id).stdout.endswith("\tcancelling\n")
+
+
+def test_a_job_whose_worker_is_not_heard_of_says_so(antefix: Antefix, running: Running, tmp_path: Path) -> None:
+    job_id = queue(antefix, tmp_path)
+    while (claimed := running.store.jobs.claim("worker", 60)) is not None and claimed.id != job_id:
+        pass
+    job = json.loads(antefix("jobs", job_id).stdout)
+    assert jobs.line(job) == f"{job_id}\tsums\trunning"
+    assert jobs.line(job | {"silent_seconds": 31}) == f"{job_id}\tsums\trunning\tno sign of life for 31 s"
 
 
 def test_a_report_is_shown_and_drawn(antefix: Antefix, running: Running, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_ctrl_c_leaves_the_job_and_says_how_to_cancel(
         ('{"prompt": "a"}', "got an object with 'prompt'"),
         ("{}", "got an object with nothing"),
         ('{"prompt": "a", "completion": 3}', "line 2: completion must be a text, got a number"),
-        ('{"prompt": null, "completion": "a"}', "got an object with 'prompt', 'completion'"),
+        ('{"prompt": null, "completion": "a"}', "got an object with 'completion', and null as 'prompt'"),
         ('{"text": "a", "text": "b"}', "line 2: 'text' is given more than once"),
         ('{"prompt": "a", "completion": ""}', "line 2: completion is empty"),
         ('{"prompt": "a", "completion": "\\ud800"}', "line 2: completion is not valid Unicode"),

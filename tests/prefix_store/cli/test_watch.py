@@ -35,6 +35,9 @@ def test_numbers_shows_what_is_known() -> None:
     assert "  loss 2.500  validation 2.250  1" in watch.numbers(JOB, progress | {"valid_loss": 2.25})
     assert watch.numbers(JOB, {}) == "running"
     assert "antefix worker" in watch.numbers(JOB | {"status": "queued"}, {})
+    assert watch.numbers(JOB | {"silent_seconds": 9}, {"step": 1}) == "step 1/40", "two heartbeats may be late"
+    assert watch.numbers(JOB | {"silent_seconds": 31}, {"step": 1}) == "step 1/40  no sign of life for 31 s"
+    assert watch.numbers(JOB | {"silent_seconds": 31}, {}) == "running  no sign of life for 31 s"
 
 
 def test_the_last_validation_is_kept_and_what_was_said_is_said_once() -> None:

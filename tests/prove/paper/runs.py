@@ -25,12 +25,12 @@ from prefix_store.model import prompt
 from server.engine.prefix_loader import payload_of
 from server.scheduler.messages import PrefixPayload
 from server.scheduler.sampling_params import SamplingParams
+from tests.judging import nats_per_token
 from tests.prove.bundled import Bench, load
 from tests.prove.paper import baselines, weight, written
 from tests.prove.paper.tasks import Task, scores
 from trainer import training_model
 from trainer.data import Example, batches, tokenize
-from trainer.evaluate import nats_per_token
 from trainer.loop import fit
 from trainer.methods import METHODS
 

@@ -230,6 +230,8 @@ def test_a_model_that_is_a_prefix_is_what_the_next_one_starts_from(
         assert claimed(store).spec.init_from == "default/support@1"
     reply = create(model="support", antefix={"init_from": "support"})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, "antefix.init_from")
+    reply = create(model="support", antefix={"method": "prompt"})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "model")
     for model in ("gpt-4o", "nothing", "other/support"):
         reply = create(model=model)
         assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
@@ -260,8 +262,8 @@ def test_a_prefix_to_start_from_is_of_the_methods_kind_or_refused_at_once(
         else:
             error = reply.json()["error"]
             assert (reply.status_code, error["param"]) == (400, param)
-            assert error["message"].startswith(f"method {method} starts from a prefix of method ")
-            assert "default/support@1 is of method" in error["message"]
+            assert error["message"].startswith(f"{param}: method {method} starts from a prefix of method ")
+            assert "default/support@1 is one of" in error["message"]
 
 
 def test_a_prefix_to_start_from_must_fit_the_model_when_it_is_asked_for(
@@ -286,7 +288,7 @@ def test_a_prefix_to_start_from_must_fit_the_model_when_it_is_asked_for(
         reply = create(model=model, antefix=options)
         error = reply.json()["error"]
         assert (reply.status_code, error["code"], error["param"]) == (400, "prefix_mismatch", "model")
-        assert error["message"].startswith(f"default/{model}@1: ")
+        assert error["message"].startswith(f"model: default/{model}@1: ")
         assert said in error["message"]
     assert create(model="gelu", antefix={"method": "prefix_plus", "feature_map": "gelu"}).status_code == 200
 

@@ -1,11 +1,16 @@
+import dataclasses
+import re
+import time
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
-from prefix_store.jobs import BUILT_IN_METHODS, TrainingSpec
+from prefix_store.jobs import BUILT_IN_METHODS, JobStatus, TrainingSpec
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.store import Store
+from server.api import views
+from tests.models import random_kv
 from tests.server import artefacts
 from tests.server.conftest import Serve
 
@@ -90,6 +95,24 @@ def test_a_wrong_example_is_named_by_its_line_with_what_was_expected(client: Tes
     assert reply.json()["error"]["message"] == "line 4: text must be a text, got a number"
 
 
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        ([None], "line 1: expected an object {.*}, got null"),
+        ([*EXAMPLES, "a"], "line 3: expected an object {.*}, got a text"),
+        ([], "expected a list of one or more examples, got an empty list"),
+        ({"prompt": "a"}, "expected a list of one or more examples, got an object with 'prompt'"),
+    ],
+)
+@pytest.mark.parametrize("field", ["examples", "validation_examples"])
+def test_what_is_no_example_is_named_by_its_line_too(
+    client: TestClient, field: str, examples: Any, message: str
+) -> None:
+    reply = client.post("/v1/prefixes/sums/train", json={"examples": EXAMPLES, field: examples})
+    assert reply.status_code == 400
+    assert re.fullmatch(f"{field}: {message}", reply.json()["error"]["message"])
+
+
 def test_options_that_are_left_to_the_worker_are_null(client: TestClient) -> None:
     options = train(client, steps=7)["options"]
     assert (options["steps"], options["virtual_tokens"], options["batch_size"]) == (7, None, None)
@@ -164,6 +187,23 @@ def test_another_prefix_to_start_from_is_named_with_its_version(client: TestClie
     assert (options["init_from"], options["virtual_tokens"]) == ("default/first@2", 4)
 
 
+def test_another_prefix_that_the_job_cannot_start_from_is_refused_at_once(
+    client: TestClient, store: Store, frozen: FrozenModel
+) -> None:
+    for name, length in (("short", 4), ("long", frozen.context_length - 1)):
+        store.prefixes.save("default", name, artefacts.manifest(frozen, length), {"self.kv": random_kv(frozen, length)})
+    wrong = {
+        "method prompt starts from a prefix of method prompt, and": {"init_from": "short", "method": "prompt"},
+        "leave no room in a context of": {"init_from": "long"},
+    }
+    for words, options in wrong.items():
+        reply = client.post("/v1/prefixes/sums/train", json={"examples": EXAMPLES, **options})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "init_from")
+        assert words in reply.json()["error"]["message"]
+    assert train(client, init_from="short", method="prefix_mlp")["options"]["virtual_tokens"] == 4
+    assert len(client.get("/v1/jobs").json()["data"]) == 1
+
+
 def test_an_unknown_option_is_named_with_the_nearest(client: TestClient) -> None:
     reply = client.post("/v1/prefixes/sums/train", json={"examples": EXAMPLES, "virtual_token": 3})
     assert reply.json()["error"]["message"] == "unknown field 'virtual_token'; did you mean 'virtual_tokens'?"
@@ -191,6 +231,13 @@ def test_a_running_job_shows_progress_and_events(client: TestClient, store: Stor
     for step in (1, 2, 3):
         store.jobs.add_event(claimed, "metrics", {"step": step})
     shown = client.get(f"/v1/jobs/{job_id}").json()
+    assert 0 <= shown["silent_seconds"] < 30
+    assert shown["heartbeat_at"] >= shown["started_at"]
+    found = store.jobs.job("default", job_id)
+    assert found is not None
+    silent = dataclasses.replace(found, heartbeat_at=time.time() - 31.5)
+    assert views.job(silent)["silent_seconds"] == 31
+    assert views.job(dataclasses.replace(silent, status=JobStatus.SUCCEEDED))["silent_seconds"] is None
     assert (shown["status"], shown["progress"], shown["attempt"]) == ("running", {"step": 3}, 1)
     page = client.get(f"/v1/jobs/{job_id}/events", params={"limit": 2}).json()
     assert ([event["data"]["step"] for event in page["data"]], page["has_more"]) == ([1, 2], True)

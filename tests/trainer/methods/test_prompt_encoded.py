@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import count
 
 import pytest
@@ -49,6 +50,20 @@ def test_whether_a_virtual_token_depends_on_the_others(name, all_others):
     encoder.embeddings.delta.data[2] += 1
     changed = (encoder.output() != before).any(dim=1).tolist()
     assert changed == [all_others or token == 2 for token in range(P)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_last_layer_reads_numbers_of_a_size_that_it_can_work_with(name):
+    method = METHODS[name]
+
+    def spread(drawn: Callable[[int, int], torch.nn.Module]) -> float:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            features = drawn(192, 512)(torch.randn(16, 192))
+        return float((features - features.mean(0)).std())
+
+    assert spread(method.drawn) > 0.2  # observed 1.02 and 0.26
+    assert spread(method.body) < 0.15  # observed 0.11 and 0.01, as torch draws them
 
 
 @pytest.mark.parametrize("name", NAMES)

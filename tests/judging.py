@@ -1,4 +1,4 @@
-"""How well a frozen model predicts completions, with a prefix or without."""
+"""How well a frozen model predicts completions, with a prefix or without, in one call."""
 
 from __future__ import annotations
 
@@ -20,12 +20,7 @@ def nats_per_token(
     """Mean loss over every token that counts in the batches, at least one; `rows` None is the bare model."""
     total, tokens = 0.0, 0
     for examples in batches:
-        (found,) = nats(frozen, [Group(rows(len(examples)) if rows is not None else None, examples)])
-        total += found
+        (found,) = forward.losses(frozen, [Group(rows(len(examples)) if rows is not None else None, examples)])
+        total += found.item()
         tokens += sum(len(example.targets) for example in examples)
     return total / tokens
-
-
-def nats(frozen: FrozenModel, groups: Sequence[Group]) -> list[float]:
-    """For each group its loss, summed over its tokens that count."""
-    return [found.item() for found in forward.losses(frozen, groups)]
