@@ -25,12 +25,11 @@ void NAMED(antefix_rotate)(
     const NUMBER *c = cosine + token * size, *s = sine + token * size;
     for (int64_t head = 0; head < heads; head++) {
       const NUMBER *from = x + token * token_step + head * head_step;
-      NUMBER *to = output + (token * heads + head) * size;
-      for (int64_t i = 0; i < half; i++) {
-        const float a = WIDEN(from[i]), b = WIDEN(from[half + i]);
-        to[i] = NARROW(a * WIDEN(c[i]) - b * WIDEN(s[i]));
-        to[half + i] = NARROW(b * WIDEN(c[half + i]) + a * WIDEN(s[half + i]));
-      }
+      NUMBER *restrict to = output + (token * heads + head) * size; /* one loop for each half: else none is vectorized */
+      for (int64_t i = 0; i < half; i++)
+        to[i] = NARROW(WIDEN(from[i]) * WIDEN(c[i]) - WIDEN(from[half + i]) * WIDEN(s[i]));
+      for (int64_t i = half; i < size; i++)
+        to[i] = NARROW(WIDEN(from[i]) * WIDEN(c[i]) + WIDEN(from[i - half]) * WIDEN(s[i]));
     }
   }
 }

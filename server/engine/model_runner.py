@@ -9,7 +9,7 @@ import torch
 from prefix_store.errors import ModelUnsupported
 from prefix_store.model import activation
 from prefix_store.model.frozen import FrozenModel
-from server.engine import attention, fused, gated, linear
+from server.engine import attention, fused, gated, linear, siblings
 from server.engine.attention import StepContext
 from server.engine.attention.work import prefill_item
 from server.engine.batch import Batch
@@ -28,7 +28,7 @@ class ModelRunner:
         self.windows = _windows(frozen.model)
         bind(frozen.model)
         (linear.quantize if int8 else linear.pack)(frozen.model)
-        for kind in (activation, gated, fused):
+        for kind in (activation, gated, siblings, fused):
             kind.fuse(frozen.model)
 
     @torch.inference_mode()

@@ -18,23 +18,27 @@ from prefix_store.model.frozen import FrozenModel
 from server.engine.int8_linear import Int8Linear
 from server.engine.linear import PackedLinear
 from server.engine.model_runner import bind
+from server.engine.siblings import Sibling
 
 # transformers' own attention, in the form that every family has
 PLAIN = "eager"
+ALL_ROWS = slice(None)
 
 
 class UnpackedLinear(torch.nn.Module):
     """A packed linear layer as torch itself computes it: the weights are laid out plainly, bit by bit, each time."""
 
-    def __init__(self, layer: PackedLinear) -> None:
+    def __init__(self, layer: PackedLinear, rows: slice = ALL_ROWS) -> None:
         super().__init__()
         # no submodule, whose opaque weights nobody could copy
         self.__dict__["layer"] = layer
+        self.rows = rows
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` to `[..., out]`."""
         layer: PackedLinear = self.__dict__["layer"]
-        return functional.linear(x, layer.packed.to_dense(), layer.bias_term)
+        bias = layer.bias_term
+        return functional.linear(x, layer.packed.to_dense()[self.rows], None if bias is None else bias[self.rows])
 
 
 def plain(frozen: FrozenModel) -> FrozenModel:
@@ -68,6 +72,8 @@ def _again(frozen: FrozenModel, attention: str) -> FrozenModel:
         known |= {id(value): value for value in held if isinstance(value, torch.Tensor)}
         if isinstance(module, PackedLinear):
             known[id(module)] = UnpackedLinear(module)
+        elif isinstance(module, Sibling):
+            known[id(module)] = UnpackedLinear(module.siblings.product, module.siblings.rows(module.index))
     model = copy.deepcopy(frozen.model, known)
     modules.make_plain(model)
     bind(model, attention)

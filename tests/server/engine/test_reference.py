@@ -10,6 +10,7 @@ from prefix_store.prefix import Window
 from server.engine import int8_linear, reference
 from server.engine.engine import Engine
 from server.engine.linear import PackedLinear
+from server.engine.siblings import Sibling
 from server.scheduler.scheduler import Limits
 from tests.models import FAMILIES, random_kv, tiny_frozen, tiny_model
 
@@ -41,7 +42,8 @@ def test_it_has_no_weight_of_its_own():
     Engine(served, LIMITS)
     plain = reference.plain(served).model
     assert {parameter.data_ptr() for parameter in plain.parameters()} <= mine
-    packed = [module for module in served.model.modules() if isinstance(module, PackedLinear)]
+    layers = [m.siblings.product if isinstance(m, Sibling) else m for m in served.model.modules()]
+    packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
     unpacked = [module for module in plain.modules() if isinstance(module, reference.UnpackedLinear)]
     assert [module.__dict__["layer"] for module in unpacked] == packed
     assert not any(isinstance(module, PackedLinear) for module in plain.modules())
