@@ -18,6 +18,8 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed draws the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text. May be repeated.")] = None,
+    num_beams: Annotated[int | None, typer.Option(help="Search for the likeliest text with so many beams.")] = None,
+    length_penalty: Annotated[float | None, typer.Option(help="With beams: above 0 favours long texts.")] = None,
 ) -> None:
     """Generate text and print it as it comes."""
     body = {
@@ -27,6 +29,8 @@ def generate(
         "temperature": temperature,
         "seed": seed,
         "stop": stop or None,
+        "num_beams": num_beams,
+        "length_penalty": length_penalty,
         "stream": True,
     }
     shown = printable if sys.stdout.isatty() else str

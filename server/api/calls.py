@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from prefix_store.errors import GenerationFailed
@@ -66,7 +67,10 @@ def _text_stream(tokenizer: Any, request: GenerationRequest) -> TextStream:
 
 
 class Call:
-    """The choices of a call in the engine, one request each. Who submits it sees to `abort` when done with it."""
+    """The choices of a call in the engine, `each` to a request: more than one are the best that its beams find.
+
+    Who submits it sees to `abort` when done with it.
+    """
 
     def __init__(
         self,
@@ -75,29 +79,39 @@ class Call:
         tokenizer: Any,
         clock: Callable[[], float],
         echoes: Sequence[str] | None = None,
+        each: int = 1,
     ) -> None:
         """`echoes`: what the text of each choice begins with, if with anything."""
         self._loop = loop
         self._requests = requests
         self._clock = clock
         self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        begins = echoes or [""] * (each * len(requests))
         self._by_id = {
-            request.id: Choice(index, _text_stream(tokenizer, request), echo)
-            for index, (request, echo) in enumerate(zip(requests, echoes or [""] * len(requests), strict=True))
+            request.id: [
+                Choice(index, _text_stream(tokenizer, request), begins[index])
+                for index in range(place * each, (place + 1) * each)
+            ]
+            for place, request in enumerate(requests)
         }
-        self._open = len(self._by_id)  # choices without a finish reason
+        self._open = each * len(requests)  # choices without a finish reason
         self.first_token_at: float | None = None
         self.ended_at: float | None = None
 
     @property
     def choices(self) -> list[Choice]:
         """In order of index."""
-        return list(self._by_id.values())
+        return list(chain.from_iterable(self._by_id.values()))
+
+    @property
+    def rows(self) -> int:
+        """Rows that all of it takes of a step."""
+        return sum(request.params.num_beams for request in self._requests)
 
     @property
     def tokens(self) -> int:
         """Tokens generated for all choices."""
-        return sum(choice.tokens for choice in self._by_id.values())
+        return sum(choice.tokens for choice in self.choices)
 
     @property
     def has_ended(self) -> bool:
@@ -116,17 +130,18 @@ class Call:
 
     def abort(self) -> None:
         """Ends in the engine what has not ended; harmless when all has."""
-        for request_id, choice in self._by_id.items():
-            if choice.finish_reason is None:
+        for request_id, choices in self._by_id.items():
+            if any(choice.finish_reason is None for choice in choices):
                 self._loop.abort(request_id)
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """What the choices gain, as it comes, until all have ended. Raises GenerationFailed."""
         while not self.has_ended:
             event = await self._events.get()
-            choice = self._by_id[event.request_id]
-            if choice.finish_reason is None:
-                yield self._apply(choice, event)
+            choices = self._by_id[event.request_id]
+            for choice, own in zip(choices, _by_choice(event, len(choices)), strict=True):
+                if choice.finish_reason is None:
+                    yield self._apply(choice, own)
 
     async def finish(self) -> None:
         """Waits until all choices have ended. Raises GenerationFailed."""
@@ -146,3 +161,19 @@ class Call:
         if self.has_ended:
             self.ended_at = self._clock()
         return Delta(choice.index, text, choice.finish_reason, tuple(choice.logprobs[known:]))
+
+
+def _by_choice(event: TokenEvent, choices: int) -> list[TokenEvent]:
+    """An event for each choice: of the best hypotheses, if there are any, as if each had been a request of its own."""
+    best = [
+        replace(
+            event,
+            token_ids=found.token_ids,
+            finish_reason=found.finish_reason,
+            logprobs=found.logprobs,
+            end_logprob=found.end_logprob,
+            hypotheses=(),
+        )
+        for found in event.hypotheses[:choices]
+    ]
+    return best + [event] * (choices - len(best))

@@ -46,8 +46,8 @@ async def _begin(body: CompletionBody, services: Services, caller: Caller, begun
     """Everything that can be refused is refused here, before the first byte of a reply."""
     prefix = await model_names.load(body.model, services, caller)
     asked = body.prompts
-    if len(asked) * body.n > MOST_CHOICES:
-        raise InvalidRequest(f"prompts times n must be at most {MOST_CHOICES}", param="prompt")
+    if len(asked) * max(body.n, body.num_beams) > MOST_CHOICES:
+        raise InvalidRequest(f"prompts times n, or num_beams, must be at most {MOST_CHOICES}", param="prompt")
     found = await prompts.from_each(asked, prefix.template if prefix else None, services)
     taken = generation.virtual_tokens(prefix)
     params = [

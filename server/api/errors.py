@@ -46,6 +46,7 @@ HEADERS = {
 }
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 STATUS_CODES = {404: "route_not_found", 405: "method_not_allowed"}
+ARMS = ("list[", "dict[", "literal[")  # how pydantic names the arms of a union, beside plain types
 LONGEST = 500
 
 
@@ -85,7 +86,7 @@ def invalid(details: list[ErrorDetails] | list[Any]) -> errors.InvalidRequest:
 
 def _path(place: Sequence[str | int]) -> list[str | int]:
     """Names and numbers that a caller has written; the arms of a union, which pydantic adds, mean nothing to one."""
-    return [part for part in place if part != "str" and not str(part).startswith(("list[", "dict["))]
+    return [part for part in place if part not in ("str", "bool") and not str(part).startswith(ARMS)]
 
 
 def _written(path: Sequence[str | int]) -> str:

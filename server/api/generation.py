@@ -106,6 +106,9 @@ def sampling(
         stop=(fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop),
         stop_token_ids=frozenset(fields.stop_token_ids),
         min_tokens=fields.min_tokens,
+        num_beams=fields.num_beams,
+        length_penalty=fields.length_penalty,
+        early_stopping=fields.early_stopping,
         ignore_eos=fields.ignore_eos,
         logprobs=logprobs,
         echo=echo,
@@ -121,16 +124,18 @@ async def begin(
     caller: Caller,
     begun: float,
 ) -> Generation:
-    """Queues every choice of every prompt, or none.
+    """Queues every choice of every prompt, or none. With beams a prompt's choices are one request.
 
     Raises RateLimited, what `structured.load` raises, and what the engine raises for a request that it cannot take.
     """
+    _check_beams(fields)
     grammar = await structured.load(fields.response_format, fields.structured_outputs, services, caller)
+    requests, each = (1, fields.n) if fields.num_beams > 1 else (fields.n, 1)
     name = f"{kind}-{uuid.uuid4().hex}"
     deadline = begun + fields.timeout_s if fields.timeout_s is not None else None
     rows = [
         GenerationRequest(
-            id=f"{name}-{place * fields.n + index}",
+            id=f"{name}-{place * requests + index}",
             tenant=caller.tenant,
             prompt_ids=prompt.ids,
             params=_seeded(params, index),
@@ -139,16 +144,17 @@ async def begin(
             grammar=grammar,
         )
         for place, (prompt, params) in enumerate(asked)
-        for index in range(fields.n)
+        for index in range(requests)
     ]
     echoes = [prompt.text if params.echo else "" for prompt, params in asked for _ in range(fields.n)]
-    call = Call(services.loop, rows, services.frozen.tokenizer, services.clock, echoes)
+    call = Call(services.loop, rows, services.frozen.tokenizer, services.clock, echoes, each)
     prompts = tuple(prompt for prompt, _ in asked)
-    await services.rates.start(caller.tenant, len(rows), sum(len(prompt.ids) for prompt in prompts))
+    param = "n" if fields.num_beams == 1 else "num_beams"
+    await services.rates.start(caller.tenant, call.rows, sum(len(prompt.ids) for prompt in prompts), param)
     try:
         call.submit()
     except BaseException:
-        services.rates.end(caller.tenant, len(rows))
+        services.rates.end(caller.tenant, call.rows)
         raise
     return Generation(name, caller.tenant, prefix, prompts, fields.n, call, services, begun)
 
@@ -170,7 +176,7 @@ async def end(generation: Generation) -> None:
     """Ends what still runs, and records what became of the call."""
     call, rates = generation.call, generation.services.rates
     call.abort()
-    rates.end(generation.tenant, len(call.choices))
+    rates.end(generation.tenant, call.rows)
     _record(generation)
     await rates.count_generated(generation.tenant, call.tokens)
 
@@ -215,6 +221,17 @@ def _check_known(field: str, token_ids: Iterable[int], frozen: FrozenModel) -> N
     if odd is not None:
         expected = f"from 0 to {size - 1}, for the vocabulary has {size} tokens"
         raise InvalidRequest(f"{field}: token ids must be {expected}; got {odd}", param=field)
+
+
+def _check_beams(fields: SamplingFields) -> None:
+    if fields.num_beams == 1:
+        return
+    if fields.n > fields.num_beams:
+        raise InvalidRequest(f"n must be at most num_beams, {fields.num_beams}, got {fields.n}", param="n")
+    forms = {"structured_outputs": fields.structured_outputs, "response_format": fields.response_format}
+    for name, form in forms.items():
+        if form is not None and getattr(form, "type", None) != "text":
+            raise InvalidRequest(f"{name} cannot go together with num_beams", param=name)
 
 
 def _seeded(params: SamplingParams, index: int) -> SamplingParams:

@@ -71,10 +71,10 @@ class Rates:
         if tokens and (await self._quotas(tenant)).tokens_per_minute is not None:
             await self._counted("tokens", tenant, tokens, UNBOUNDED)
 
-    async def start(self, tenant: str, sequences: int, prompt_tokens: int) -> None:
+    async def start(self, tenant: str, sequences: int, prompt_tokens: int, param: str = "n") -> None:
         """Counts a prompt, and sequences that run in this server from now on until `end`.
 
-        Raises RateLimited, and QuotaExceeded for more sequences than may ever run.
+        Raises RateLimited, and QuotaExceeded for more sequences, which `param` asked for, than may ever run.
         """
         quotas = await self._quotas(tenant)
         tokens = quotas.tokens_per_minute
@@ -83,7 +83,7 @@ class Rates:
         most = quotas.concurrent_sequences
         if most is not None and sequences > most:
             raise QuotaExceeded(
-                f"this tenant may run {most} sequences at a time; {sequences} were asked for", param="n"
+                f"this tenant may run {most} sequences at a time; {sequences} were asked for", param=param
             )
         if most is not None and self._running[tenant] + sequences > most:
             raise _limited(f"this tenant may run {most} sequences at a time; {self._running[tenant]} run now", 1)

@@ -102,6 +102,9 @@ class SamplingFields(BaseModel):
     stop_token_ids: Annotated[Integers, Field(max_length=256)] = Field(default=[])
     min_tokens: Integer = 0
     n: int = Field(default=1, ge=1, le=64)
+    num_beams: Integer = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
     ignore_eos: bool = False
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from dataclasses import replace
 from itertools import chain, islice
 
 import torch
@@ -11,6 +12,7 @@ from server.engine import filters
 from server.engine.adjustments import adjust
 from server.engine.batch import Selection
 from server.engine.constraints import read_on
+from server.engine.continuations import candidates
 from server.scheduler.messages import TokenLogprob
 from server.scheduler.plan import RowResult
 from server.scheduler.sampling_params import MAX_LOGPROBS, SamplingParams
@@ -31,8 +33,13 @@ def sample(logits: torch.Tensor, selections: Rows[Selection]) -> list[RowResult]
     sound = [s for s in selections if all(finite[s.first : s.first + s.count])]
     failed = read_on([s.row.sequence for s in sound if s.row.samples])
     sound = [s for s in sound if s.row.sequence not in failed]
-    tokens = _choose(logits, likeliest.tolist(), [s for s in sound if s.row.samples])
+    sampling = [s for s in sound if s.row.samples]
+    beams = [s for s in sampling if s.row.sequence.width > 1]
+    tokens = _choose(logits, likeliest.tolist(), [s for s in sampling if s.row.sequence.width == 1])
     results = dict(zip(sound, _results(logits, sound, tokens), strict=True))
+    if beams:
+        found = candidates(logits[[_last(s) for s in beams]], [s.row.sequence for s in beams])
+        results.update((s, replace(results[s], candidates=best)) for s, best in zip(beams, found, strict=True))
     return [results.get(s) or RowResult(error=failed.get(s.row.sequence, NUMERICS)) for s in selections]
 
 

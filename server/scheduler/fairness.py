@@ -3,7 +3,7 @@
 Service decides who is next; rows decide whether next means now. A tenant that runs nothing is let in at once, at the
 cost of whoever has the most rows. A row is only taken from a tenant that keeps another one; a single request may take
 the only row of a tenant that has more waiting. So what was let in is never taken back for the same reason, and letting
-in comes to an end by itself.
+in comes to an end by itself. A group of beams is several rows that come and go together.
 """
 
 from __future__ import annotations
@@ -102,13 +102,19 @@ def make_way(
 
 def rows_by_tenant(running: Iterable[Sequence]) -> Counter[str]:
     """How many rows each tenant has."""
-    return Counter(sequence.request.tenant for sequence in running)
+    rows: Counter[str] = Counter()
+    for sequence in running:
+        rows[sequence.request.tenant] += sequence.width
+    return rows
 
 
 def _spare(running: list[Sequence], flooding: Container[str]) -> list[Sequence]:
     rows, staying, spare = rows_by_tenant(running), list(running), []
-    while staying and rows[(sequence := newest_of_most(staying, rows)).request.tenant] > 1:
+    own = Counter(sequence.request.tenant for sequence in running)
+    while candidates := [sequence for sequence in staying if own[sequence.request.tenant] > 1]:
+        sequence = newest_of_most(candidates, rows)
         staying.remove(sequence)
         spare.append(sequence)
-        rows[sequence.request.tenant] -= 1
+        own[sequence.request.tenant] -= 1
+        rows[sequence.request.tenant] -= sequence.width
     return spare + [sequence for sequence in reversed(staying) if sequence.request.tenant in flooding]

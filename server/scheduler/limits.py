@@ -23,6 +23,11 @@ class Limits:
     memory_slots: int = 0
 
     @property
+    def most_rows(self) -> int:
+        """Rows of a step: each takes at least a token of it."""
+        return min(self.rows, self.step_tokens)
+
+    @property
     def preloadable(self) -> int:
         """Slots for prefixes that stay without a reader: half of what the longest request leaves."""
         return max(0, self.slots - self.context_length - self.memory_slots) // 2
@@ -32,7 +37,7 @@ def check_fits(request: GenerationRequest, limits: Limits) -> None:
     """Raises ContextLengthExceeded or InvalidRequest for a request that could never run."""
     prefix = request.prefix
     virtual, slots = (prefix.virtual_tokens, prefix.slots) if prefix is not None else (0, 0)
-    prompt, new = len(request.prompt_ids), request.params.max_tokens
+    prompt, new, beams = len(request.prompt_ids), request.params.max_tokens, request.params.num_beams
     if not request.prompt_ids:
         raise InvalidRequest("the prompt is empty: at least one token is needed", param="prompt")
     if virtual + prompt + new > limits.context_length:
@@ -44,4 +49,21 @@ def check_fits(request: GenerationRequest, limits: Limits) -> None:
     if slots + prompt + new > limits.slots:
         raise InvalidRequest(
             f"the request needs {slots + prompt + new} KV slots, this server has {limits.slots}", param="max_tokens"
+        )
+    if beams > 1:
+        _check_beams(slots, beams, prompt + new, limits)
+
+
+def _check_beams(prefix: int, beams: int, length: int, limits: Limits) -> None:
+    if beams > limits.most_rows:
+        raise InvalidRequest(
+            f"num_beams must be at most {limits.most_rows} on this server, got {beams}", param="num_beams"
+        )
+    # what is preloaded stays; one row that fits the context always fits beside it, several may not
+    room = limits.slots - limits.preloadable
+    needed = prefix + beams * length
+    if needed > room:
+        raise InvalidRequest(
+            f"{beams} beams of {length} tokens need {needed} KV slots, this server has {room} for them",
+            param="num_beams",
         )

@@ -48,6 +48,8 @@ class PrefixPayload:
 class GenerationRequest:
     """One row's worth of work: `n` choices of a call are `n` requests. `prefix` None is the bare frozen model.
 
+    With beams it is a row for each of them, and one request gives all choices.
+
     `grammar`, opaque here, is what the answer must match; None is any text.
     """
 
@@ -70,12 +72,26 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
+class Hypothesis:
+    """An answer that beam search has found. `score`: its log-probability by its length to the power of the penalty.
+
+    `end_logprob` as in `TokenEvent`.
+    """
+
+    token_ids: tuple[int, ...]
+    score: float
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] = ()
+    end_logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True)
 class TokenEvent:
     """What a request's sequence produced in one step. The last event of a request has a finish reason.
 
     `prompt_logprobs` comes once, on the first event, when `echo` and `logprobs` were asked for; its first entry has
     no logprob. A stop token ends the sequence and is not among `token_ids`; `end_logprob` is its own, if logprobs were
-    asked for.
+    asked for. Beams give one event: `hypotheses`, best first, as many as there were beams, or fewer after a timeout.
     """
 
     request_id: str
@@ -85,3 +101,4 @@ class TokenEvent:
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     end_logprob: TokenLogprob | None = None
     error: str | None = None
+    hypotheses: tuple[Hypothesis, ...] = ()

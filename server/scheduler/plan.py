@@ -19,7 +19,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Move:
-    """Copy the first `size` slots of a sequence that has outgrown its extent."""
+    """Copy the first `size` slots: of a row that has outgrown its extent, or of a beam that another goes on from."""
 
     source: Extent
     target: Extent
@@ -56,10 +56,23 @@ class StepPlan:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A token that a beam may go on with. `logprob` is after the row's options, `scored` the model's own."""
+
+    token_id: int
+    logprob: float
+    scored: TokenLogprob | None = None
+
+
+@dataclass(frozen=True)
 class RowResult:
-    """What the engine found for one row. `token_id` None where the row does not sample or has failed."""
+    """What the engine found for one row. `token_id` None where the row does not sample or has failed.
+
+    A beam gets `candidates` in its stead, best first: its group's width of them and as many as may end it.
+    """
 
     token_id: int | None = None
     logprob: TokenLogprob | None = None
     scored: list[TokenLogprob] = field(default_factory=list)
     error: str | None = None
+    candidates: tuple[Candidate, ...] = ()

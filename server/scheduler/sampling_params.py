@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from prefix_store.errors import InvalidRequest
 
@@ -12,6 +13,7 @@ GREEDY_BELOW = 1e-4
 MAX_TOKENS = 1_000_000
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
+MAX_BEAMS = 64
 INT64 = -(2**63), 2**63 - 1
 
 
@@ -26,6 +28,11 @@ class SamplingParams:
     themselves. None of `stop_token_ids` is drawn before `min_tokens` others. `logprobs` None gives none, n gives the
     chosen token and the n likeliest, all by the model's own logits. With `echo` alone `max_tokens` may be 0: the prompt
     is scored and nothing is said.
+
+    `num_beams` above 1 searches for the likeliest answers instead of drawing one (`beams`): an answer's score is the
+    sum of its log-probabilities by its length to the power of `length_penalty`, and the search ends by
+    `early_stopping`: True once there are as many answers as beams, False once none seems to become better, "never" once
+    none can.
     """
 
     max_tokens: int = 128
@@ -44,6 +51,9 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     echo: bool = False
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self) -> None:
         if self.max_tokens == 0 and not self.echo:
@@ -72,6 +82,7 @@ class SamplingParams:
             raise InvalidRequest("stop must be at most 16 strings of 1 to 256 characters", param="stop")
         for token_id in self.stop_token_ids:
             _within("stop_token_ids", token_id, *INT64)
+        self._check_beams()
 
     @property
     def is_greedy(self) -> bool:
@@ -82,6 +93,23 @@ class SamplingParams:
     def penalises(self) -> bool:
         """Whether earlier tokens change the logits of later ones."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def _check_beams(self) -> None:
+        _within("num_beams", self.num_beams, 1, MAX_BEAMS)
+        _within("length_penalty", self.length_penalty, -10.0, 10.0)
+        if self.num_beams == 1:
+            if (self.length_penalty, self.early_stopping) != (1.0, False):
+                name = "length_penalty" if self.length_penalty != 1 else "early_stopping"
+                raise InvalidRequest(f"{name} needs num_beams to be above 1", param=name)
+            return
+        if self.temperature != 1 and not self.is_greedy:
+            expected = "temperature must be 0 or 1 with num_beams, for nothing is drawn"
+            raise InvalidRequest(f"{expected}; got {self.temperature}", param="temperature")
+        for name, neutral in (("top_p", 1), ("top_k", 0), ("min_p", 0), ("stop", ())):
+            if getattr(self, name) != neutral:
+                raise InvalidRequest(f"{name} cannot go together with num_beams", param=name)
+        if self.max_tokens == 0:
+            raise InvalidRequest("max_tokens must be at least 1 with num_beams, got 0", param="max_tokens")
 
     def _check_logit_bias(self) -> None:
         if len(self.logit_bias) > MAX_BIASES:

@@ -13,7 +13,7 @@ When slots run out, prefixes nobody reads are evicted first; then rows are preem
 again later, their prefix is not, and their output is the same.
 
 A request that does not fit yet lets other tenants past until they are ahead of its own by as much as the longest
-request could cost. From then on nobody else is admitted, and as rows end it will fit. So neither a large request nor a
+row could cost. From then on nobody else is admitted, and as rows end it will fit. So neither a large request nor a
 stream of small ones holds the other up for ever.
 """
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from prefix_store.errors import Overloaded
-from server.scheduler import fairness
+from server.scheduler import beams, fairness, outcome
 from server.scheduler.limits import Limits, check_fits
 from server.scheduler.messages import FinishReason, GenerationRequest, TokenEvent
 from server.scheduler.pace import Pace
@@ -55,8 +55,7 @@ class Scheduler:
         self._pace = Pace()
         self._step_cost = StepCost()
         self._planned_at = 0.0
-        self._most_rows = min(limits.rows, limits.step_tokens)  # every row takes at least a token of the step
-        self._allowance = GENERATED_WEIGHT * limits.context_length  # the longest request costs no more
+        self._allowance = GENERATED_WEIGHT * limits.context_length  # the longest row costs no more
         self._eos_ids = eos_ids
         self._clock = clock
 
@@ -65,7 +64,7 @@ class Scheduler:
         check_fits(request, self.limits)
         if request.id in self._sequences:
             raise KeyError(f"{request.id} is in flight already")
-        sequence = Sequence(request, seed, self._eos_ids)
+        sequence = beams.begin(request, seed, self._eos_ids)
         try:
             self.waiting.push(sequence)
         except Overloaded as full:
@@ -98,7 +97,8 @@ class Scheduler:
         # a single prompt does not hold up those behind it, however long it is
         beside = self._admit(budget // 2) if len(prompts) == 1 else []
         budget -= _tokens(beside)
-        chunks = [Row(sequence, sequence.computed, count) for sequence, count in fairness.share_out(budget, prompts)]
+        shares = fairness.share_out(budget, prompts)
+        chunks = [row for sequence, count in shares for row in self._rows(sequence, count)]
         rows += chunks + beside + self._admit(budget - _tokens(chunks))
         self._planned_at = self._clock()
         return StepPlan(self.space.take_transfers(), tuple(rows))
@@ -109,7 +109,7 @@ class Scheduler:
             decoding = sum(row.sequence.remaining == 1 for row in plan.rows)
             prompt_tokens = _tokens(plan.rows) - decoding
             self._step_cost.note(decoding, prompt_tokens, self._clock() - self._planned_at)
-        events = [self._commit_row(row, result) for row, result in zip(plan.rows, results, strict=True)]
+        events = [self._commit_rows(*found) for found in outcome.by_sequence(plan.rows, results)]
         return [event for event in events if event is not None]
 
     def fail_running(self, error: str) -> list[TokenEvent]:
@@ -130,7 +130,7 @@ class Scheduler:
         self.waiting.check_integrity()
         in_flight = [*self.running, *self.waiting]
         self.service.check_integrity(in_flight)
-        assert len(self.running) <= self._most_rows, "more rows than there may be"
+        assert self._rows_taken() <= self.limits.most_rows, "more rows than there may be"
         assert {s.request.id: s for s in in_flight} == self._sequences, "a sequence is lost"
         assert len(in_flight) == len(self._sequences), "a sequence is in two places"
         assert all(s.extent is None and s.resident is None for s in self.waiting), "a waiting sequence holds slots"
@@ -151,7 +151,7 @@ class Scheduler:
                 self.space.compact()
 
     def _let_in(self) -> None:
-        while self.waiting and (len(self.running) < self._most_rows or self._can_make_way()):
+        while self.waiting and (self._rows_taken() < self.limits.most_rows or self._can_make_way()):
             entitled, _ = self._turns()
             if self._admit_first(entitled, self._place_by_force) is None:
                 return
@@ -163,12 +163,12 @@ class Scheduler:
     def _admit(self, budget: int) -> list[Row]:
         rows: list[Row] = []
         while budget > 0 and (sequence := self._admit_next()):
-            rows.append(Row(sequence, sequence.computed, min(budget, sequence.remaining)))
-            budget -= rows[-1].count
+            rows += (chunk := self._rows(sequence, min(budget, sequence.remaining)))
+            budget -= _tokens(chunk)
         return rows
 
     def _admit_next(self) -> Sequence | None:
-        if len(self.running) == self._most_rows:
+        if self._rows_taken() == self.limits.most_rows:
             return None
         entitled, others = self._turns()
         return self._admit_first([*entitled, *others], self._place)
@@ -188,6 +188,8 @@ class Scheduler:
 
     def _place(self, sequence: Sequence) -> bool:
         size = _size(sequence)
+        if self._rows_taken() + sequence.width > self.limits.most_rows:
+            return False
         if self.space.place(sequence, size):
             return True
         if self.running:
@@ -197,15 +199,15 @@ class Scheduler:
         return self.space.place(sequence, size)
 
     def _place_by_force(self, sequence: Sequence) -> bool:
-        if len(self.running) < self._most_rows and self._place(sequence):
+        if self._place(sequence):
             return True
         size = _size(sequence)
         waiting = {line.tenant: len(line) for line in self.waiting.lines}
         flooding = waiting.keys() if waiting[sequence.request.tenant] == 1 else ()
 
         def is_enough(leaving: list[Sequence]) -> bool:
-            has_row = len(self.running) - len(leaving) < self._most_rows
-            return has_row and self.space.would_fit(sequence, size, leaving)
+            taken = self._rows_taken() - sum(other.width for other in leaving)
+            return taken + sequence.width <= self.limits.most_rows and self.space.would_fit(sequence, size, leaving)
 
         leaving = fairness.make_way(self.running, flooding, is_enough)
         if leaving is None:
@@ -219,8 +221,18 @@ class Scheduler:
         rows: list[Row] = []
         for sequence in list(self.running):
             if sequence.remaining == 1 and sequence in self.running and self._make_room(sequence):
-                rows.append(Row(sequence, sequence.computed, 1))
+                rows += self._rows(sequence, 1)
         return rows
+
+    def _rows(self, sequence: Sequence, count: int) -> list[Row]:
+        if not isinstance(sequence, beams.BeamGroup):
+            return [Row(sequence, sequence.computed, count)]
+        rows, moves = sequence.rows(count)
+        self.space.move(moves)
+        return rows
+
+    def _rows_taken(self) -> int:
+        return sum(sequence.width for sequence in self.running)
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Sees to a slot for the sequence's next token; False if the sequence itself had to be preempted."""
@@ -235,8 +247,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._vacate(sequence)
-        sequence.computed = 0
-        sequence.prompt_logprobs.clear()
+        sequence.forget()
         self.preemptions += 1
         self.waiting.push_front(sequence)
 
@@ -246,7 +257,8 @@ class Scheduler:
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> TokenEvent:
         self._end(sequence)
-        return TokenEvent(sequence.request.id, finish_reason=reason, error=error)
+        hypotheses = sequence.given_up() if reason is FinishReason.TIMEOUT else ()
+        return TokenEvent(sequence.request.id, finish_reason=reason, error=error, hypotheses=hypotheses)
 
     def _end(self, sequence: Sequence) -> None:
         if sequence in self.running:
@@ -257,36 +269,12 @@ class Scheduler:
         self._pace.note(self._clock())
         del self._sequences[sequence.request.id]
 
-    def _commit_row(self, row: Row, result: RowResult) -> TokenEvent | None:
-        sequence = row.sequence
-        sequence.computed += row.count
-        sequence.prompt_logprobs.extend(result.scored)
-        self.service.charge(sequence, sampled=result.token_id is not None and not sequence.is_mute)
-        if result.error is not None:
-            return self._finish(sequence, FinishReason.ERROR, result.error)
-        if result.token_id is None:
-            return None
-        reason = self._reason_to_stop(sequence, result.token_id)
-        stopped = reason is FinishReason.STOP
-        silent = stopped or sequence.is_mute
-        sequence.tokens.append(result.token_id)
-        prompt_logprobs = sequence.scored_prompt() if sequence.wants_prompt_logprobs else None
-        sequence.prompt_logprobs_sent |= prompt_logprobs is not None
-        if reason is not None:
+    def _commit_rows(self, sequence: Sequence, rows: list[Row], results: list[RowResult]) -> TokenEvent | None:
+        event, sampled = outcome.take(sequence, rows, results)
+        self.service.charge(sequence, sampled=sampled)
+        if event is not None and event.finish_reason is not None:
             self._end(sequence)
-        return TokenEvent(
-            sequence.request.id,
-            token_ids=() if silent else (result.token_id,),
-            finish_reason=reason,
-            logprobs=() if silent or result.logprob is None else (result.logprob,),
-            prompt_logprobs=prompt_logprobs,
-            end_logprob=result.logprob if stopped else None,
-        )
-
-    def _reason_to_stop(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        if token_id in sequence.end_ids and not sequence.is_mute:
-            return FinishReason.STOP
-        return FinishReason.LENGTH if sequence.generated + 1 >= sequence.request.params.max_tokens else None
+        return event
 
 
 def _tokens(rows: Iterable[Row]) -> int:
@@ -295,4 +283,4 @@ def _tokens(rows: Iterable[Row]) -> int:
 
 def _size(sequence: Sequence) -> int:
     """Own slots to begin with. After a preemption the tokens may be as many as the final length, or one more."""
-    return max(len(sequence.tokens), min(len(sequence.tokens) + HEADROOM, sequence.final_length))
+    return sequence.width * max(len(sequence.tokens), min(len(sequence.tokens) + HEADROOM, sequence.final_length))

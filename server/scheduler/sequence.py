@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.scheduler.messages import GenerationRequest, TokenLogprob
+from server.scheduler.messages import GenerationRequest, Hypothesis, TokenLogprob
 from server.scheduler.residency import Resident
 from server.scheduler.slots import Extent
 
@@ -37,8 +37,14 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)
         params = self.request.params
+        self.width = params.num_beams  # rows that it takes of a step
         goes_on = params.ignore_eos and self.request.grammar is None  # where a grammar ends, nothing can come behind it
         self.end_ids = params.stop_token_ids if goes_on else params.stop_token_ids | self.eos_ids
+
+    @property
+    def owner(self) -> Sequence:
+        """What the scheduler runs it as."""
+        return self
 
     @property
     def prompt_length(self) -> int:
@@ -96,6 +102,15 @@ class Sequence:
             self._occurrences[token] = self._occurrences.get(token, 0) + 1
         self._counted = len(self.tokens)
         return self._occurrences
+
+    def forget(self) -> None:
+        """Its slots are gone: the tokens are to be computed again."""
+        self.computed = 0
+        self.prompt_logprobs.clear()
+
+    def given_up(self) -> tuple[Hypothesis, ...]:
+        """What there is of an answer that has not been given out yet: nothing, but for beams."""
+        return ()
 
     @property
     def wants_prompt_logprobs(self) -> bool:

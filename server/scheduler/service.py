@@ -33,8 +33,8 @@ class Service:
         """Raises a counter to at least `level`, so that a pause gives no credit."""
         self._received[tenant] = max(self._received[tenant], level)
 
-    def charge(self, sequence: Sequence, *, sampled: bool) -> None:
-        """Counts a row that was run: its prompt tokens up to `computed`, and the token sampled from it, if one was."""
+    def charge(self, sequence: Sequence, *, sampled: int) -> None:
+        """Counts a step of a sequence: its prompt tokens up to `computed`, and so many tokens sampled."""
         charged = self._charged.get(sequence, 0)
         computed = max(charged, min(sequence.computed, sequence.prompt_length))
         self._charged[sequence] = computed

@@ -19,6 +19,15 @@ class Extent:
         """First slot after the extent."""
         return self.start + self.size
 
+    def part(self, index: int, parts: int) -> Extent:
+        """One of so many equal parts; what is left over lies behind the last."""
+        size = self.size // parts
+        return Extent(self.start + index * size, size)
+
+    def behind(self, count: int) -> Extent:
+        """All but the first `count` slots."""
+        return Extent(self.start + count, self.size - count)
+
 
 class SlotAllocator:
     """Hands out disjoint extents of `[0, total)`. Free extents never touch one another."""

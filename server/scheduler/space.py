@@ -27,6 +27,10 @@ class Space:
         transfers, self._transfers = tuple(self._transfers), []
         return transfers
 
+    def move(self, moves: Iterable[Move]) -> None:
+        """Has slots copied within what a sequence holds."""
+        self._transfers += moves
+
     def preload(self, payload: PrefixPayload, holder: Hashable) -> None:
         """Has a prefix on the device from the next step on, until `release`. Raises what `Preloads.add` raises."""
         self.preloads.add(payload, holder)
@@ -75,17 +79,20 @@ class Space:
 
     def grow(self, sequence: Sequence) -> bool:
         """Sees to a slot for the sequence's next token, in place or elsewhere; False if there is none."""
-        extent = sequence.extent
+        extent, width = sequence.extent, sequence.width
         assert extent is not None
-        if sequence.computed < extent.size:
+        each = extent.size // width
+        if sequence.computed < each:
             return True
-        size = min(2 * extent.size, sequence.final_length)
-        grown = self.slots.grow(extent, size)
+        size = width * min(2 * each, sequence.final_length)
+        # the parts of beams would overlap where they were
+        grown = self.slots.grow(extent, size) if width == 1 else None
         if grown is None:
             grown = self._allocate(size)
             if grown is None:
                 return False
-            self._transfers.append(Move(extent, grown, sequence.computed))
+            parts = ((extent.part(index, width), grown.part(index, width)) for index in range(width))
+            self._transfers += [Move(*part, sequence.computed) for part in parts]
             self.slots.release(extent)
         sequence.extent = grown
         return True

@@ -31,7 +31,7 @@ BEGINNINGS = {
 }
 NUMBERS = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
-    *("seed", "min_tokens", "n", "timeout_s"),
+    *("seed", "min_tokens", "n", "timeout_s", "num_beams", "length_penalty"),
 )
 NO_NUMBERS = ['"5"', "NaN", "Infinity", "-Infinity", "1e400", "-1e400", "9" * 400, "[]", "{}", "true", f'"{CANARY}"']
 

@@ -20,6 +20,9 @@ def test_options_reach_the_server(antefix: Antefix, running: Running, tmp_path: 
     assert request.prefix is not None
     assert (request.params.max_tokens, request.params.is_greedy, request.params.seed) == (3, True, 7)
     assert antefix("generate", "hi", "--stop", "lo").stdout == "Häl\n"
+    antefix("generate", "hi", "--num-beams", "4", "--length-penalty", "0.5")
+    params = running.loop.requests[-1].params
+    assert (params.num_beams, params.length_penalty) == (4, 0.5)
 
 
 def test_an_unknown_prefix_is_an_error(antefix: Antefix) -> None:

@@ -242,6 +242,7 @@ def test_a_server_can_refuse_to_serve_the_bare_model_here_too(serve: Serve, pref
         ({**BASE, "temperature": "1"}, "temperature"),
         ({**BASE, "n": 2, "best_of": 3}, "best_of"),
         ({**BASE, "suffix": "end"}, "suffix"),
+        ({**BASE, "use_beam_search": True}, "use_beam_search"),
         ({**BASE, "stream_options": 3}, "stream_options"),
         ({**BASE, "logprobs": 21}, "logprobs"),
     ],

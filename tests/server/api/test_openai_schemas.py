@@ -98,7 +98,6 @@ PASSED_OVER = [
     *("metadata", "store", "service_tier", "prompt_cache_key", "safety_identifier", "prediction", "reasoning_effort"),
     *("verbosity", "parallel_tool_calls", "audio", "priority", "request_id", "cache_salt", "kv_transfer_params"),
     *(
-        "length_penalty",
         "spaces_between_special_tokens",
         "guided_decoding_backend",
         "mm_processor_kwargs",

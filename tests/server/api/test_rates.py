@@ -197,6 +197,8 @@ def test_choices_run_beside_one_another(client: TestClient, store: Store, loop: 
         loop.hold.set()
         assert running.result().status_code == 200
     assert refused(client, n=3) == (200, None)
+    assert refused(client, num_beams=3) == (200, None)
+    assert refused(client, num_beams=4) == (403, "quota_exceeded")
 
 
 def test_what_the_engine_refuses_does_not_run(client: TestClient, store: Store, loop: FakeLoop) -> None:

@@ -105,6 +105,16 @@ def test_a_flood_gives_its_only_row_last():
     assert fairness.make_way([], "a", bool) is None
 
 
+def test_a_group_of_beams_counts_as_its_rows_and_leaves_as_one():
+    running = [*rows("aa"), make_sequence("b", beams=4), *rows("cc"), make_sequence("c", beams=2)]
+    assert fairness.rows_by_tenant(running) == {"a": 2, "b": 4, "c": 4}
+    assert fairness.newest_of_most(running, fairness.rows_by_tenant(running)) is running[5]
+    taken = fairness.make_way(running, (), lambda leaving: len(leaving) == 3)
+    assert taken == [running[5], running[4], running[1]]
+    # b's only one stays, for all that it is the widest
+    assert fairness.make_way(running, (), lambda leaving: len(leaving) > 3) is None
+
+
 def test_rows_that_do_not_help_stay():
     running = rows("aaaaaa")
     helps = {running[1], running[3]}

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from prefix_store.errors import Conflict, InvalidRequest, Overloaded
 from server.scheduler.limits import Limits
 from server.scheduler.messages import FinishReason, GenerationRequest, PrefixPayload
-from server.scheduler.plan import RowResult
+from server.scheduler.plan import Candidate, RowResult
 from server.scheduler.sampling_params import SamplingParams
 from server.scheduler.scheduler import Scheduler
 from tests.server.scheduler.traffic import EOS
@@ -63,16 +63,23 @@ class Operations(RuleBasedStateMachine):
         prefix=st.sampled_from(PREFIXES),
         lasts=st.none() | st.integers(1, 20),
         times=st.sampled_from([1, 1, 5]),
+        beams=st.sampled_from([1, 1, 1, 2, 3, 6]),
     )
     def add(
-        self, tenant: str, prompt: int, new: int, prefix: PrefixPayload | None, lasts: int | None, times: int
+        self,
+        tenant: str,
+        prompt: int,
+        new: int,
+        prefix: PrefixPayload | None,
+        lasts: int | None,
+        times: int,
+        beams: int,
     ) -> None:
         for _ in range(times):
             name = f"{self.made}"
             deadline = self.now + lasts if lasts is not None else None
-            request = GenerationRequest(
-                name, tenant, tuple(range(prompt)), SamplingParams(max_tokens=new), prefix, deadline
-            )
+            params = SamplingParams(max_tokens=new, num_beams=beams)
+            request = GenerationRequest(name, tenant, tuple(range(prompt)), params, prefix, deadline)
             waiting = [sequence.request.tenant for sequence in self.scheduler.waiting]
             self.made += 1
             try:
@@ -81,6 +88,10 @@ class Operations(RuleBasedStateMachine):
             except Overloaded:
                 assert len(waiting) >= self.scheduler.limits.waiting
                 assert tenant in waiting, "refused because of others"
+            except InvalidRequest:
+                limits = self.scheduler.limits
+                needed = beams * (prompt + new) + (prefix.slots if prefix is not None else 0)
+                assert beams > min(limits.rows, limits.step_tokens) or needed > limits.slots - limits.preloadable
 
     @rule(unlucky=st.sets(st.integers(0, 7), max_size=2))
     def step(self, unlucky: set[int]) -> None:
@@ -91,7 +102,7 @@ class Operations(RuleBasedStateMachine):
         assert not self.scheduler.space.preloads.missing
         assert sum(row.count for row in plan.rows) <= self.scheduler.limits.step_tokens
         assert len({row.sequence for row in plan.rows}) == len(plan.rows)
-        assert all(row.sequence in self.scheduler.running and row.count > 0 for row in plan.rows)
+        assert all(row.sequence.owner in self.scheduler.running and row.count > 0 for row in plan.rows)
         assert all(row.start + row.count <= row.sequence.extent.size for row in plan.rows)
         self.answer(self.scheduler.commit(plan, [self.result(row, i, unlucky) for i, row in enumerate(plan.rows)]))
 
@@ -130,8 +141,18 @@ class Operations(RuleBasedStateMachine):
 
     def result(self, row, index: int, unlucky: set[int]) -> RowResult:
         if index in unlucky:
-            return RowResult(error="overflow") if index % 2 else RowResult(EOS if row.samples else None)
-        return RowResult(7 if row.samples else None)
+            return RowResult(error="overflow") if index % 2 else self.sampled(row, EOS)
+        return self.sampled(row, 7)
+
+    def sampled(self, row, token: int) -> RowResult:
+        if not row.samples:
+            return RowResult()
+        if row.sequence.width == 1:
+            return RowResult(token)
+        tokens = [token, *range(10, 10 + row.sequence.width)]
+        # who is best changes from step to step, so that beams take one another's places
+        best = (row.sequence.generated * 7 + row.sequence.tokens[-1]) % 5
+        return RowResult(candidates=tuple(Candidate(t, -0.1 * (best + i)) for i, t in enumerate(tokens)))
 
     def answer(self, events) -> None:
         for event in events:

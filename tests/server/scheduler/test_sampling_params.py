@@ -35,6 +35,12 @@ from server.scheduler.sampling_params import SamplingParams
         ("logprobs", 21),
         ("stop", ("",)),
         ("stop", ("x",) * 17),
+        ("num_beams", 0),
+        ("num_beams", 65),
+        ("length_penalty", math.nan),
+        ("length_penalty", 0.5),
+        ("early_stopping", True),
+        ("early_stopping", "never"),
     ],
 )
 def test_out_of_range_is_refused_by_name(field, value):
@@ -48,6 +54,31 @@ def test_the_ends_of_every_range_are_taken():
     SamplingParams(max_tokens=5, min_tokens=5, presence_penalty=-2.0, frequency_penalty=2.0, logit_bias=biases)
     SamplingParams(repetition_penalty=0.01, logprobs=0, min_p=1.0, top_p=1.0)
     SamplingParams(repetition_penalty=100.0, logprobs=20, seed=-(2**63))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", 0.5),
+        ("top_p", 0.9),
+        ("top_k", 5),
+        ("min_p", 0.1),
+        ("stop", ("x",)),
+        ("max_tokens", 0),
+        ("length_penalty", 10.5),
+        ("length_penalty", math.inf),
+    ],
+)
+def test_what_does_not_go_with_beams_is_refused_by_name(field, value):
+    with pytest.raises(InvalidRequest) as caught:
+        SamplingParams(num_beams=2, echo=True, **{field: value})
+    assert caught.value.param == field
+
+
+def test_beams_go_with_what_does_not_draw():
+    for temperature in (0.0, 1.0):
+        SamplingParams(num_beams=64, temperature=temperature, seed=5, min_tokens=3, logprobs=2, repetition_penalty=2.0)
+    SamplingParams(num_beams=2, length_penalty=-10.0, early_stopping="never")
 
 
 def test_only_an_echo_may_ask_for_no_tokens():

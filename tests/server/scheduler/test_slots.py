@@ -35,6 +35,13 @@ def test_growth_keeps_the_start_and_needs_the_very_next_slots():
     assert slots.grow(Extent(2, 8), 9) is None
 
 
+def test_parts_lie_side_by_side_and_leave_the_rest():
+    extent = Extent(10, 11)
+    assert [extent.part(index, 3) for index in range(3)] == [Extent(10, 3), Extent(13, 3), Extent(16, 3)]
+    assert extent.part(1, 3).behind(2) == Extent(15, 1)
+    assert extent.part(0, 1) == extent.behind(0) == extent
+
+
 def test_releasing_what_is_not_held_is_an_error():
     slots = SlotAllocator(4)
     held = slots.allocate(2)

@@ -6,7 +6,7 @@ from server.scheduler.messages import PrefixPayload
 from server.scheduler.plan import Load, Move
 from server.scheduler.sequence import Sequence
 from server.scheduler.space import Space
-from tests.server.scheduler.traffic import make_request
+from tests.server.scheduler.traffic import make_request, make_sequence
 
 PREFIXES = [PrefixPayload(f"d{length}", length, length, True, None) for length in (2, 5, 9, 14)]
 MEMORIES = [PrefixPayload(f"m{slots}", 0, 0, True, None, feature_map="elu", memory_slots=slots) for slots in (3, 12)]
@@ -23,6 +23,23 @@ def test_what_does_not_fit_holds_nothing():
     space.check_integrity([])
     assert space.place(sequence(), 6)
     assert space.residency.evictions == 1
+
+
+def test_the_parts_of_a_group_grow_apart():
+    space = Space(40)
+    group = make_sequence(prompt=4, new=9, beams=3)
+    assert space.place(group, 12)
+    group.computed = 3
+    assert space.grow(group)
+    assert space.take_transfers() == ()
+    group.computed = 4
+    assert space.grow(group)
+    assert group.extent.size == 24
+    moves = space.take_transfers()
+    assert [(move.source.start, move.target.start, move.size) for move in moves] == [(0, 12, 4), (4, 20, 4), (8, 28, 4)]
+    group.computed = 8
+    assert not space.grow(group)  # 36 more are not free
+    space.check_integrity([group])
 
 
 def test_growth_is_in_place_or_a_move():

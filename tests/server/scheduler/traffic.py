@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import count
 
+from server.scheduler.beams import begin
 from server.scheduler.limits import Limits
 from server.scheduler.messages import FinishReason, GenerationRequest, PrefixPayload
 from server.scheduler.plan import RowResult, StepPlan
@@ -23,13 +24,14 @@ def make_scheduler(**limits: int) -> Scheduler:
 
 
 def make_request(
-    tenant: str, name: str, prompt: int = 4, new: int = 3, prefix: PrefixPayload | None = None
+    tenant: str, name: str, prompt: int = 4, new: int = 3, prefix: PrefixPayload | None = None, beams: int = 1
 ) -> GenerationRequest:
-    return GenerationRequest(name, tenant, tuple(range(prompt)), SamplingParams(max_tokens=new), prefix)
+    params = SamplingParams(max_tokens=new, num_beams=beams)
+    return GenerationRequest(name, tenant, tuple(range(prompt)), params, prefix)
 
 
-def make_sequence(tenant: str = "a", prompt: int = 4, new: int = 3, name: str = "r") -> Sequence:
-    return Sequence(make_request(tenant, name, prompt, new), seed=0)
+def make_sequence(tenant: str = "a", prompt: int = 4, new: int = 3, name: str = "r", beams: int = 1) -> Sequence:
+    return begin(make_request(tenant, name, prompt, new, beams=beams), 0, frozenset())
 
 
 class Traffic:
