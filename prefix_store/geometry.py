@@ -21,6 +21,18 @@ class Stack(StrEnum):
     ENCODER = "encoder"
 
 
+def some_stacks(names: Any) -> tuple[Stack, ...]:
+    """Stacks by their names, in the order of `Stack`, so that one set of stacks is one tuple.
+
+    Raises ValueError unless they are one or more, each once.
+    """
+    if not isinstance(names, list | tuple) or not names or len({*map(str, names)}) != len(names):
+        raise ValueError(f"stacks must be one or more of {', '.join(Stack)}, each once")
+    if unknown := sorted(str(name)[:40] for name in names if name not in list(Stack)):
+        raise ValueError(f"stacks must be of {', '.join(Stack)}, got {', '.join(unknown)}")
+    return tuple(stack for stack in Stack if stack in names)
+
+
 @dataclass(frozen=True)
 class EncoderGeometry:
     """Shape of an encoder's self-attention; each head has keys and values of its own."""

@@ -41,8 +41,9 @@ def check(spec: TrainingSpec, manifest: PrefixManifest, fits: Fits) -> None:
         raise PrefixMismatch(f"init_from: {spec.init_from}: {error.message}", param="init_from") from None
     expected = {
         "virtual_tokens": (spec.virtual_tokens, manifest.virtual_tokens),
-        # a method's prefixes have real tokens behind their virtual ones
-        "position_offset": (manifest.virtual_tokens, manifest.position_offset),
+        # a method's prefixes have real tokens behind their virtual ones; a decoder beside an encoder begins at 0
+        "position_offset": (0 if manifest.geometry.encoder else manifest.virtual_tokens, manifest.position_offset),
+        "stacks": (", ".join(spec.stacks or manifest.stacks), ", ".join(manifest.stacks)),
         "feature_map": (spec.feature_map if manifest.feature_map is not None else None, manifest.feature_map),
         # None is for whichever model
         "base_digest": (spec.base_digest or manifest.base_digest, manifest.base_digest or spec.base_digest),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefix_store.errors import InvalidRequest
+from prefix_store.geometry import Stack, some_stacks
 from prefix_store.prefix import check_template
 
 
@@ -72,6 +73,7 @@ METHODS_WITH = {
     "frozen_tokens": ("prefix", "prefix_mlp"),
     "bottleneck": ("prefix_mlp", "prompt_mlp", "prompt_lstm"),
     "feature_map": ("prefix_plus",),
+    "stacks": ("prefix", "prefix_mlp"),
 }
 METHOD_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
@@ -112,7 +114,8 @@ class TrainingSpec:
 
     The prefix starts as the examples, as `init_text`, as random tokens (`init`) or as another prefix (`init_from`).
     Its first `frozen_tokens` stay as they are. `bottleneck`: the inner width of an encoder. `feature_map`: phi of a
-    memory. `context`: the text that objective `distil` teaches the prefix.
+    memory. `context`: the text that objective `distil` teaches the prefix. `stacks`: the attentions of an
+    encoder-decoder model that get keys and values, in the order of `Stack`; None is all that the model has.
     `patience`: validations without a better prefix after which the run ends, 0 for never, because the last steps, which
     are the smallest, often help most. `publish_anyway`: also a prefix that is no better than none.
     """
@@ -145,6 +148,7 @@ class TrainingSpec:
     patience: int = 0
     publish_anyway: bool = False
     epochs: int | None = None
+    stacks: tuple[Stack, ...] | None = None
 
     # inclusive bounds of every number a user may set
     LIMITS = {  # noqa: RUF012  (a constant table, not a field)
@@ -192,6 +196,11 @@ class TrainingSpec:
             raise InvalidRequest("publish_anyway must be true or false", param="publish_anyway")
         if self.examples < 1:
             raise InvalidRequest("training needs at least one example", param="examples")
+        if self.stacks is not None:
+            try:
+                object.__setattr__(self, "stacks", some_stacks(self.stacks))
+            except ValueError as error:
+                raise InvalidRequest(str(error), param="stacks") from None
         self._check_together()
 
     def _check_together(self) -> None:

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from prefix_store.errors import InvalidName, InvalidPrefix, InvalidRequest
-from prefix_store.geometry import ModelGeometry, Stack
+from prefix_store.geometry import ModelGeometry, Stack, some_stacks
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 # An alias starts with a letter, so that `name@3` is always a version.
@@ -137,7 +137,7 @@ class PrefixManifest:
                 feature_map=_optional(data, "feature_map", r"elu|gelu"),
                 query=data["query"],
                 template=_optional(data, "template", r"(?s).*"),
-                stacks=_stacks(data),
+                stacks=some_stacks(data.get("stacks", [Stack.SELF])),
             )
         except (ValueError, TypeError) as error:
             raise InvalidPrefix(f"manifest: {str(error)[:300]}", param="file") from None
@@ -164,14 +164,6 @@ class PrefixManifest:
             )
         if self.template is not None:
             check_template(self.template)
-
-
-def _stacks(data: dict[str, Any]) -> tuple[Stack, ...]:
-    """In the order of `Stack`, so that one set of stacks is one manifest."""
-    stacks = data.get("stacks", [Stack.SELF])
-    if not isinstance(stacks, list) or not stacks or len({*map(str, stacks)}) != len(stacks):
-        raise ValueError(f"stacks must be one or more of {', '.join(Stack)}, each once")
-    return tuple(sorted(map(Stack, stacks), key=list(Stack).index))
 
 
 def _count(data: dict[str, Any], key: str) -> int:

@@ -143,10 +143,13 @@ ENCODER_DECODERS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 }
 
 
-def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A random float32 model of the family with eager attention; equal seeds give equal weights."""
+def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random float32 model of the family with eager attention; equal seeds give equal weights.
+
+    `changes`: other numbers in its config.
+    """
     config_class, numbers = {**FAMILIES, **ENCODER_DECODERS}[family]
-    config = config_class(**{**_SHARED, **numbers})
+    config = config_class(**{**_SHARED, **numbers, **changes})
     maker = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = maker.from_config(config, dtype=torch.float32, attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)

@@ -36,7 +36,7 @@ class TrainingData:
     @property
     def summary(self) -> str:
         """What there is and what was chosen for it, for people to read."""
-        longest = max(len(example.ids) for example in self.train)
+        longest = max(example.longest for example in self.train)
         found = f"training on {len(self.train)} examples of up to {longest} tokens, validating on {len(self.valid)}"
         options = ", ".join(f"{name} {getattr(self.spec, name)}" for name in self.chosen)
         return f"{found}; chosen for them: {options}" if options else found
@@ -76,11 +76,12 @@ def preparing(
     `validation` none sets some of the examples aside. Raises InvalidTrainingData with the line, ChatTemplateMissing,
     and ContextLengthExceeded where the prefix leaves no room.
     """
-    asked, encoder = spec, ExampleEncoder(frozen.tokenizer, frozen.end_ids, spec.template, spec.chat_template)
+    start_id = frozen.start_id if frozen.is_encoder_decoder else None
+    asked, encoder = spec, ExampleEncoder(frozen.tokenizer, frozen.end_ids, spec.template, spec.chat_template, start_id)
     room = frozen.context_length
     lines = yield from _encoding(encoder, examples, room)
     judges = yield from _encoding(encoder, validation, room, VALIDATION)
-    lengths = [len(example.ids) for line in lines + judges for example in line]
+    lengths = [example.longest for line in lines + judges for example in line]
     spec = defaults.fill_room(spec, lengths, frozen.context_length)
     room = defaults.room_for_text(spec, frozen.context_length)
     if max(lengths) > room:
@@ -88,7 +89,7 @@ def preparing(
         judges = yield from _encoding(encoder, validation, room, VALIDATION)
     learned, judged = (lines, judges) if judges else split(lines, spec.seed)
     train = [example for line in learned for example in line]
-    spec = defaults.fill_pace(spec, [len(example.ids) for example in train])
+    spec = defaults.fill_pace(spec, [example.tokens for example in train])
     return TrainingData(train, [example for line in judged for example in line], spec, asked.unset)
 
 
@@ -154,6 +155,16 @@ def batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example
     """Every example once, in order."""
     for start in range(0, len(examples), size):
         yield examples[start : start + size]
+
+
+def collate_sources(examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What an encoder reads, padded on the right to the longest, `[B, S]`: token ids, and true on real tokens."""
+    shape = len(examples), max(len(example.source) for example in examples)
+    ids, real_mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+    for row, example in enumerate(examples):
+        ids[row, : len(example.source)] = torch.tensor(example.source)
+        real_mask[row, : len(example.source)] = True
+    return ids, real_mask
 
 
 def collate(examples: Sequence[Example]) -> Batch:

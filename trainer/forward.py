@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from prefix_store.model import apply
-from prefix_store.model.apply import PrefixRows
+from prefix_store.model import apply, both
 from prefix_store.model.frozen import FrozenModel
+from prefix_store.model.rows import PrefixRows, Rows, StackRows, stacked
 from trainer import objective
-from trainer.data import IGNORED, Example, collate
+from trainer.data import IGNORED, Example, collate, collate_sources
 from trainer.head import Objective
 from trainer.packed import Row
 from trainer.training_model import TrainingModel
@@ -21,7 +21,7 @@ from trainer.training_model import TrainingModel
 class Group:
     """Examples that share a prefix, which `prefixes` holds once for each of them; None is the bare model."""
 
-    prefixes: PrefixRows | None
+    prefixes: Rows | None
     examples: Sequence[Example]
 
     @property
@@ -32,21 +32,24 @@ class Group:
     @property
     def tokens(self) -> int:
         """All tokens of the examples."""
-        return sum(len(example.ids) for example in self.examples)
+        return sum(example.tokens for example in self.examples)
 
 
 def logits(frozen: FrozenModel, groups: Sequence[Group]) -> list[torch.Tensor]:
     """For each group `[C, V]`, what predicts each of its `labels`; differentiable in the prefixes.
 
     Rows do not see one another: a group's logits are those that it would get alone. A TrainingModel takes all groups
-    in one pass; any other frozen model that is attached takes one after another.
+    in one pass, and so does an encoder-decoder model, padded; any other frozen model that is attached takes one after
+    another.
     """
+    if frozen.is_encoder_decoder:
+        return list(_logits_of_both(frozen, groups).split(_lengths(groups)))
     if isinstance(frozen, TrainingModel):
         return list(frozen.head(_hidden(frozen, groups)).split(_lengths(groups)))
     found = []
     for group in groups:
         batch = collate(group.examples).to(frozen.device)
-        every = apply.logits(frozen, batch.ids, batch.real_mask, group.prefixes)
+        every = apply.logits(frozen, batch.ids, batch.real_mask, _plain(group.prefixes))
         found.append(every[:, :-1][batch.labels[:, 1:] != IGNORED])
     return found
 
@@ -70,9 +73,29 @@ def losses(frozen: FrozenModel, groups: Sequence[Group]) -> list[torch.Tensor]:
     return sums(frozen, groups, [objective.of(group.examples) for group in groups])
 
 
+def _logits_of_both(frozen: FrozenModel, groups: Sequence[Group]) -> torch.Tensor:
+    """`[C, V]`: what predicts all groups' labels."""
+    examples = [example for group in groups for example in group.examples]
+    sources, source_mask = (part.to(frozen.device) for part in collate_sources(examples))
+    batch = collate(examples).to(frozen.device)
+    prefixes = StackRows.joined([stacked(group.prefixes, len(group.examples), frozen.device) for group in groups])
+    every = both.logits(frozen, sources, source_mask, batch.ids, batch.real_mask, prefixes)
+    return every[:, :-1][batch.labels[:, 1:] != IGNORED]
+
+
+def _plain(prefixes: Rows | None) -> PrefixRows | None:
+    """Those of a decoder-only model."""
+    assert not isinstance(prefixes, StackRows)
+    return prefixes
+
+
 def _hidden(frozen: TrainingModel, groups: Sequence[Group]) -> torch.Tensor:
     """`[C, E]`: what the logits of all groups' labels come from."""
-    rows = [Row(example.ids, group.prefixes, index) for group in groups for index, example in enumerate(group.examples)]
+    rows = [
+        Row(example.ids, _plain(group.prefixes), index)
+        for group in groups
+        for index, example in enumerate(group.examples)
+    ]
     places = [[place - 1 for place in example.targets] for group in groups for example in group.examples]
     return frozen.hidden(rows, places)
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 from functools import partial
 
 from prefix_store.errors import InvalidRequest, PayloadTooLarge, PrefixMismatch, StoreCorrupt, StoreUnavailable
+from prefix_store.job_model import check_model
 from prefix_store.jobs import TrainingJob, TrainingSpec
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import PrefixVersion
@@ -217,7 +218,8 @@ def begin(
 
 
 def check_base(spec: TrainingSpec, frozen: FrozenModel) -> None:
-    """Raises PrefixMismatch unless the job is for this model, or for whichever."""
+    """Raises PrefixMismatch unless the job is for this model, or for whichever, InvalidRequest where that cannot be."""
+    check_model(spec.to_json(), frozen.geometry)
     if spec.base_digest not in (None, frozen.digest):
         raise PrefixMismatch(
             f"the job was queued for another base model: expected {str(spec.base_digest)[:12]}…, "

@@ -26,17 +26,26 @@ def of_step(frozen: FrozenModel, examples: Sequence[Example], rows: int, virtual
     """Bytes that a forward and backward over `rows` of the longest examples behind a prefix take at most, about.
 
     A plain count of what the reference's layers keep, attention written out in full; a forward that keeps less takes
-    less.
+    less. A layer beside an encoder counts for two, for its second attention.
     """
-    geometry = frozen.geometry
-    tokens = max(len(example.ids) for example in examples)
-    seen = virtual_tokens + tokens
-    width = _width(frozen)
-    layer = HIDDEN * geometry.hidden_size + HEADS * geometry.query_heads * geometry.head_dim
-    layer += KV * geometry.kv_heads * geometry.head_dim + FORWARD * width + SCORES * geometry.query_heads * seen
+    geometry, encoder = frozen.geometry, frozen.geometry.encoder
+    tokens, source = max(len(example.ids) for example in examples), max(len(example.source) for example in examples)
+    layers = geometry.layers * tokens * _layer(frozen, geometry.kv_heads, virtual_tokens + tokens)
     prefixes = geometry.kv_numbers_per_token * virtual_tokens
-    numbers = rows * tokens * (geometry.layers * layer + LOGITS * frozen.vocabulary_size) + rows * prefixes
+    if encoder is not None:
+        layers += geometry.layers * tokens * _layer(frozen, geometry.kv_heads, virtual_tokens + source)
+        layers += encoder.layers * source * _layer(frozen, encoder.heads, virtual_tokens + source)
+        prefixes = 2 * prefixes + 2 * encoder.layers * encoder.heads * encoder.head_dim * virtual_tokens
+    numbers = rows * (layers + tokens * LOGITS * frozen.vocabulary_size + prefixes)
     return BYTES * (numbers + STATE * prefixes)
+
+
+def _layer(frozen: FrozenModel, kv_heads: int, seen: int) -> int:
+    """Numbers that a layer keeps for a token that attends to `seen`."""
+    geometry = frozen.geometry
+    layer = HIDDEN * geometry.hidden_size + HEADS * geometry.query_heads * geometry.head_dim
+    layer += KV * kv_heads * geometry.head_dim + FORWARD * _width(frozen)
+    return layer + SCORES * geometry.query_heads * seen
 
 
 def free(device: torch.device) -> int:
@@ -57,7 +66,7 @@ def _width(frozen: FrozenModel) -> int:
     """Of a layer's feed-forward; transformers' families call it by several names, and four times the hidden size is
     what most have."""
     config = frozen.model.config.get_text_config()
-    for name in ("intermediate_size", "ffn_dim", "n_inner"):
+    for name in ("intermediate_size", "ffn_dim", "n_inner", "encoder_ffn_dim", "d_ff"):
         if isinstance(width := getattr(config, name, None), int):
             return width
     return 4 * frozen.geometry.hidden_size

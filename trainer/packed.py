@@ -14,8 +14,9 @@ from itertools import chain, groupby
 import torch
 from torch.nn import functional
 
-from prefix_store.model.apply import Attends, PrefixRows
+from prefix_store.model.attention import Attends
 from prefix_store.model.memory import Memory, recall
+from prefix_store.model.rows import PrefixRows
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from prefix_store.model import stored
-from prefix_store.model.apply import PrefixRows
 from prefix_store.model.example import Example
 from prefix_store.model.frozen import FrozenModel
+from prefix_store.model.rows import Rows
 from prefix_store.prefix import PrefixManifest
 from prefix_store.tensors import PrefixTensors
 from trainer import forward
@@ -32,38 +32,43 @@ def make(
     Every token takes a forward over all before it; `check` is called before each, and stops it by raising.
     """
     room = min(LONGEST, frozen.context_length - manifest.virtual_tokens - TOKENS)
-    asked = [(prompt, answer) for prompt, answer in map(_divided, examples) if len(prompt) <= room][:MOST]
+    asked = [(opening, answer) for opening, answer in map(_divided, examples) if opening.longest <= room][:MOST]
     if not asked:
         return []
-    prompts = [prompt for prompt, _ in asked]
-    row = stored.rows_of(frozen, manifest, tensors, stored.kv_of(frozen, manifest, tensors))
-    before = greedy(frozen, None, prompts, TOKENS, check)
-    after = greedy(frozen, _repeated(row, len(prompts)), prompts, TOKENS, check)
+    prompts, sources = [opening.ids for opening, _ in asked], [opening.source for opening, _ in asked]
+    prefixes = stored.repeated(frozen, manifest, tensors, len(prompts))
+    before = greedy(frozen, None, prompts, TOKENS, check, sources)
+    after = greedy(frozen, prefixes, prompts, TOKENS, check, sources)
     return [
         {
-            "prompt": _text(frozen, prompt),
+            "prompt": _text(frozen, opening.source or opening.ids),
             "expected": _text(frozen, answer[:TOKENS]),
             "before": _text(frozen, plain),
             "after": _text(frozen, tuned),
         }
-        for (prompt, answer), plain, tuned in zip(asked, before, after, strict=True)
+        for (opening, answer), plain, tuned in zip(asked, before, after, strict=True)
     ]
 
 
 @torch.no_grad()
 def greedy(
     frozen: FrozenModel,
-    prefixes: PrefixRows | None,
+    prefixes: Rows | None,
     prompts: Sequence[Sequence[int]],
     most: int,
     check: Callable[[], None] = lambda: None,
+    sources: Sequence[Sequence[int]] = (),
 ) -> list[list[int]]:
-    """The likeliest token after each prompt, again and again, up to the first that ends a text, or `most`."""
-    texts = [list(prompt) for prompt in prompts]
+    """The likeliest token after each prompt, again and again, up to the first that ends a text, or `most`.
+
+    `sources`: what an encoder reads beside each; the prompt is then what the decoder begins with.
+    """
+    texts, read = [list(prompt) for prompt in prompts], [tuple(ids) for ids in sources or [()] * len(prompts)]
     for _ in range(most):
         check()
         # the last token only makes a place that is predicted; nothing looks at it
-        group = Group(prefixes, [Example((*ids, 0), len(ids)) for ids in texts])
+        rows = [Example((*ids, 0), len(ids), source=source) for ids, source in zip(texts, read, strict=True)]
+        group = Group(prefixes, rows)
         (logits,) = forward.logits(frozen, [group])
         for ids, token in zip(texts, logits.argmax(-1).tolist(), strict=True):
             ids.append(token)
@@ -71,12 +76,12 @@ def greedy(
     return [_until_end(ids, frozen.end_ids) for ids in answers]
 
 
-def _divided(example: Example) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _divided(example: Example) -> tuple[Example, tuple[int, ...]]:
     """A prompt and what followed it: the last answer of a conversation, and a text after its opening."""
     start = example.answers[-1].start if example.answers else example.prompt_length
-    if start == 1:
+    if start == 1 and not example.source:
         start = min(OPENING, max(1, len(example.ids) // 2))
-    return example.ids[:start], example.ids[start:]
+    return Example(example.ids[:start], start, source=example.source), example.ids[start:]
 
 
 def _until_end(ids: list[int], ends: frozenset[int]) -> list[int]:
@@ -86,13 +91,3 @@ def _until_end(ids: list[int], ends: frozenset[int]) -> list[int]:
 def _text(frozen: FrozenModel, ids: Sequence[int]) -> str:
     text: str = frozen.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text
-
-
-def _repeated(row: PrefixRows, count: int) -> PrefixRows:
-    return PrefixRows(
-        kv=row.kv.expand(count, *row.kv.shape[1:]),
-        valid=row.valid.expand(count, -1),
-        offset=row.offset.expand(count),
-        slides=row.slides.expand(count),
-        memories=row.memories * count,
-    )

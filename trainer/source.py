@@ -26,7 +26,7 @@ def start(store: Store, job: TrainingJob, frozen: FrozenModel, examples: Sequenc
         return _stored(store, job, frozen)
     if job.spec.context is not None:
         return prompt.encode(frozen.tokenizer, job.spec.context)
-    return chain.from_iterable(example.ids for example in examples)
+    return chain.from_iterable(example.source or example.ids for example in examples)
 
 
 def _stored(store: Store, job: TrainingJob, frozen: FrozenModel) -> PrefixTensors:

@@ -64,6 +64,8 @@ def attach(frozen: FrozenModel, *, activation_bytes: int = ACTIVATION_BYTES) -> 
     if isinstance(frozen, TrainingModel):
         return frozen
     frozen = apply.attach(frozen)
+    if frozen.is_encoder_decoder:
+        return frozen
     probe = _Probe.of(frozen)
     expected = probe.plain(frozen)
     if not _agrees(_packed(frozen), probe, expected):

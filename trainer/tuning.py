@@ -144,7 +144,7 @@ class Tuning:
         for settings in self._optimiser.param_groups:
             settings["lr"] = self.rate
         self._optimiser.step()
-        self.batch_tokens = sum(len(example.ids) for example in self._batch)
+        self.batch_tokens = sum(example.tokens for example in self._batch)
         self.tokens += self.batch_tokens
         self._batch, self.loss = None, loss
 

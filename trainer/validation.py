@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from prefix_store.model.apply import PrefixRows
+from prefix_store.model.rows import Rows
 from trainer.data import Example
 from trainer.forward import Group
 
@@ -15,7 +15,7 @@ class Validation:
     Whoever runs it scores `group` after `group` and adds what came out, until it is `done`.
     """
 
-    def __init__(self, examples: Sequence[Example], size: int, rows: Callable[[int], PrefixRows] | None) -> None:
+    def __init__(self, examples: Sequence[Example], size: int, rows: Callable[[int], Rows] | None) -> None:
         self._examples, self._size, self._rows = examples, size, rows
         self._next, self._nats, self._tokens = 0, 0.0, 0
 

@@ -63,6 +63,10 @@ def train(
     ] = None,
     bottleneck: Annotated[int | None, typer.Option(help="The inner width of an MLP or LSTM. Default: 512.")] = None,
     feature_map: Annotated[str | None, typer.Option(help="elu or gelu, for prefix_plus. Default: elu.")] = None,
+    stacks: Annotated[
+        str | None,
+        typer.Option(help="Of an encoder-decoder model: self, cross, encoder, with commas. Default: all three."),
+    ] = None,
     context: Annotated[
         Path | None,
         typer.Option(help="A text file: answer as if it stood before the prompt.", exists=True, dir_okay=False),
@@ -98,6 +102,7 @@ def train(
         "frozen_tokens": frozen_tokens,
         "bottleneck": bottleneck,
         "feature_map": feature_map,
+        "stacks": [part.strip() for part in stacks.split(",")] if stacks is not None else None,
         "context": read_text(context) if context is not None else None,
         "template": template,
         "validation_examples": read_examples(validation) if validation is not None else None,

@@ -1,4 +1,4 @@
-"""PEFT's adapters of causal models that are prompts: a config, and one tensor of `P` rows.
+"""PEFT's adapters that are prompts: a config, and one tensor of `P` rows. Those of causal models stand here.
 
 | `peft_type` | the tensor | what it becomes | what is not kept |
 |---|---|---|---|
@@ -21,15 +21,14 @@ import torch
 from safetensors.torch import save
 
 from prefix_store.errors import InvalidPrefix, InvalidRequest, PrefixMismatch
-from prefix_store.formats import flat
-from prefix_store.geometry import ModelGeometry
+from prefix_store.formats import flat, peft_seq2seq
+from prefix_store.formats.peft_config import CONFIG_FILE, TENSOR, check_numbers, config_error
+from prefix_store.geometry import ModelGeometry, Stack
 from prefix_store.prefix import Method, PrefixManifest, Window
 from prefix_store.safetensors_file import read_header, read_tensors, strict_json
 from prefix_store.tensors import PAYLOADS, PrefixTensors, validate
 
-CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
-TENSOR = "prompt_embeddings"
 METHODS = {
     "PREFIX_TUNING": Method.PREFIX,
     "CARTRIDGE": Method.PREFIX,
@@ -46,13 +45,14 @@ def read(config: bytes | None, tensors_path: Path, geometry: ModelGeometry) -> t
 
     Raises InvalidPrefix for what is damaged or not such an adapter, PrefixMismatch for what does not fit the model.
     """
-    fields = _parse(config)
+    fields = _parse(config, geometry)
     shapes = read_header(tensors_path).shapes
     if set(shapes) != {TENSOR}:
         raise InvalidPrefix(
             f"expected the one tensor {TENSOR!r}, got {sorted(name[:40] for name in shapes)[:8]}", param="file"
         )
-    _describe(fields, shapes[TENSOR], geometry)  # before any number is read
+    describe = _describe if geometry.encoder is None else peft_seq2seq.describe
+    describe(fields, shapes[TENSOR], geometry)  # before any number is read
     return _convert(fields, read_tensors(tensors_path)[TENSOR], geometry)
 
 
@@ -60,7 +60,7 @@ def read_tensor(
     config: bytes | None, tensor: torch.Tensor, geometry: ModelGeometry
 ) -> tuple[PrefixManifest, PrefixTensors]:
     """As `read`, of an adapter's one tensor that comes from elsewhere."""
-    return _convert(_parse(config), tensor, geometry)
+    return _convert(_parse(config, geometry), tensor, geometry)
 
 
 def write(
@@ -72,9 +72,13 @@ def write(
     """
     _check_expressible(manifest, sliding_window)
     payload = PAYLOADS[manifest.method]
-    tensor = flat.write(tensors[payload]) if payload == flat.KV else tensors[payload].detach().cpu().contiguous()
+    if manifest.geometry.encoder is not None:
+        own, tensor = peft_seq2seq.write(manifest, tensors)
+    else:
+        own = {"task_type": TASK_TYPE, **{name: number for name, (number, _) in _numbers(manifest).items()}}
+        tensor = flat.write(tensors[payload]) if payload == flat.KV else tensors[payload].detach().cpu().contiguous()
     return {
-        CONFIG_FILE: json.dumps(_config(manifest, base_model_name), indent=2, sort_keys=True).encode(),
+        CONFIG_FILE: json.dumps(_config(manifest, base_model_name) | own, indent=2, sort_keys=True).encode(),
         TENSORS_FILE: save({TENSOR: tensor}, {"format": "pt"}),
     }
 
@@ -82,6 +86,8 @@ def write(
 def _convert(
     fields: dict[str, Any], tensor: torch.Tensor, geometry: ModelGeometry
 ) -> tuple[PrefixManifest, PrefixTensors]:
+    if geometry.encoder is not None:
+        return peft_seq2seq.read(fields, tensor, geometry)
     manifest = _describe(fields, tuple(tensor.shape), geometry)
     if manifest.method is Method.PREFIX:
         return flat.read(tensor, geometry, TENSOR)
@@ -95,10 +101,7 @@ def _describe(fields: dict[str, Any], shape: tuple[int, ...], geometry: ModelGeo
     method = METHODS[fields["peft_type"]] if fields else _method_by_width(shape, geometry)
     describe = flat.describe if method is Method.PREFIX else _describe_prompt
     manifest = describe(shape, geometry, TENSOR)
-    for key, (number, error) in _numbers(manifest).items():
-        value = fields.get(key)
-        if value is not None and (type(value) is not int or value != number):
-            raise _config_error(key, number, value, error)
+    check_numbers(fields, _numbers(manifest))
     return manifest
 
 
@@ -125,18 +128,19 @@ def _method_by_width(shape: tuple[int, ...], geometry: ModelGeometry) -> Method:
     return Method.PROMPT if is_prompt else Method.PREFIX
 
 
-def _parse(config: bytes | None) -> dict[str, Any]:
+def _parse(config: bytes | None, geometry: ModelGeometry) -> dict[str, Any]:
     """The config's fields; none without a config."""
     if config is None:
         return {}
     if len(config) > MAX_CONFIG:
-        raise _config_error("size", f"at most {MAX_CONFIG} bytes", len(config))
+        raise config_error("size", f"at most {MAX_CONFIG} bytes", len(config))
     fields = strict_json(config, CONFIG_FILE, param="config")
     kind = fields.get("peft_type")
     if not isinstance(kind, str) or kind not in METHODS:
-        raise _config_error("peft_type", " or ".join(METHODS), kind)
-    if fields.get("task_type") not in (None, TASK_TYPE):
-        raise _config_error("task_type", TASK_TYPE, fields["task_type"])
+        raise config_error("peft_type", " or ".join(METHODS), kind)
+    task = TASK_TYPE if geometry.encoder is None else peft_seq2seq.TASK_TYPE
+    if fields.get("task_type") not in (None, task):
+        raise config_error("task_type", task, fields["task_type"])
     return fields
 
 
@@ -160,10 +164,10 @@ def _heads_and_width(manifest: PrefixManifest) -> tuple[int, int]:
     return geometry.query_heads, geometry.hidden_size
 
 
-def _config_error(
-    field: str, expected: object, got: object, error: type[InvalidPrefix] = InvalidPrefix
-) -> InvalidPrefix:
-    return error(f"{CONFIG_FILE}: {field}: expected {expected}, got {str(got)[:80]}", param="config")
+def _offset(manifest: PrefixManifest) -> int:
+    """Where PEFT has real tokens start: an encoder's soft prompt does not move the decoder."""
+    is_read = manifest.geometry.encoder is not None and manifest.method is Method.PROMPT
+    return 0 if is_read else manifest.virtual_tokens
 
 
 def _check_expressible(manifest: PrefixManifest, sliding_window: bool) -> None:
@@ -172,7 +176,8 @@ def _check_expressible(manifest: PrefixManifest, sliding_window: bool) -> None:
             PAYLOADS[manifest.method] not in _WRITTEN_AS
         ),
         "its template would be lost": manifest.template is not None,
-        "real tokens would start at another position": manifest.position_offset != manifest.virtual_tokens,
+        "it has keys and values for more than the decoder's own attention": manifest.stacks != (Stack.SELF,),
+        "real tokens would start at another position": manifest.position_offset != _offset(manifest),
         "sliding-window layers would let the prefix slide out of sight, and this one is always seen": (
             sliding_window and manifest.window is Window.ALWAYS
         ),
@@ -188,10 +193,8 @@ def _config(manifest: PrefixManifest, base_model_name: str) -> dict[str, Any]:
     kv_fields = {"prefix_projection": False, "encoder_hidden_size": width}
     return {
         "peft_type": _WRITTEN_AS[payload],
-        "task_type": TASK_TYPE,
         "inference_mode": True,
         "base_model_name_or_path": base_model_name,
         "revision": None,
-        **{name: number for name, (number, _) in _numbers(manifest).items()},
         **(kv_fields if payload == flat.KV else {"prompt_tuning_init": "RANDOM"}),
     }

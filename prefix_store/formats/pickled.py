@@ -118,7 +118,7 @@ def _kind_of(content: Content) -> str:
         return "rinna"
     if cartridges.LISTS & set(content):
         return "cartridge"
-    if li_liang.EMBEDDING in content:
+    if li_liang.EMBEDDINGS & set(content):
         return "li-liang"
     if len(content) == 1:
         return "peft-bin"

@@ -30,14 +30,27 @@ class TopTokens:
 class Example:
     """Token ids of a prompt and its completion; the first `prompt_length` (at least 1) are only conditioned on.
 
-    `answers`: of a conversation with several, the places of each, in order; the first begins at `prompt_length`.
-    `teacher`: what is to be learned instead of the tokens themselves.
+    `source`: for an encoder-decoder model, the prompt, which the encoder reads; `ids` are then the decoder's, the
+    token that every answer begins with and the completion. `answers`: of a conversation with several, the places of
+    each, in order; the first begins at `prompt_length`. `teacher`: what is to be learned instead of the tokens
+    themselves.
     """
 
     ids: tuple[int, ...]
     prompt_length: int
     answers: tuple[range, ...] = ()
     teacher: TopTokens | None = dataclasses.field(default=None, compare=False, repr=False)
+    source: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """All that the model goes through."""
+        return len(self.source) + len(self.ids)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of what one stack goes through, which is what a context bounds."""
+        return max(len(self.source), len(self.ids))
 
     @property
     def targets(self) -> Sequence[int]:
@@ -66,24 +79,32 @@ class _Answer:
 class ExampleEncoder:
     """How examples become tokens: by serving's tokenizer, its templates, and the tokens that end an answer there.
 
-    `template` stands around prompts. `chat_template` writes messages; None is the tokenizer's own.
+    `template` stands around prompts. `chat_template` writes messages; None is the tokenizer's own. `start_id`: the
+    token that every answer of an encoder-decoder model begins with; None is a decoder-only model.
     """
 
     tokenizer: Any
     ends: frozenset[int]
     template: str | None = None
     chat_template: str | None = None
+    start_id: int | None = None
 
     def encode(self, example: Mapping[str, Any], room: int) -> list[Example]:
         """A canonical example as one or more of at most `room` tokens, at least 2.
 
-        Of a prompt too long its beginning is lost (BOS stays) and then the completion's end. A text is cut into pieces,
-        in which every token but its first counts once. A conversation is one example as far as it has room and its
-        template goes on as it began; an answer where that ends begins another, with what is served before it. Raises
-        ChatTemplateMissing and InvalidTrainingData.
+        Of a prompt too long its beginning is lost (BOS stays) and then the completion's end. What an encoder reads and
+        what a decoder writes have `room` each, and lose their ends (EOS stays in the prompt). A text is cut into
+        pieces, in which every token but its first counts once. A conversation is one example as far as it has room and
+        its template goes on as it began; an answer where that ends begins another, with what is served before it, as
+        does every answer behind an encoder. Raises ChatTemplateMissing and InvalidTrainingData.
         """
         try:
             if "text" in example:
+                if self.start_id is not None:
+                    raise InvalidTrainingData(
+                        "a text has no part for the encoder to read; expected a prompt and a completion",
+                        param="examples",
+                    )
                 return self._text(example["text"], room)
             if "messages" in example:
                 return self._conversation(example["messages"], room)
@@ -112,7 +133,7 @@ class ExampleEncoder:
             if not is_learned(message):
                 continue
             answer = self._answer(shown[: place + 1])
-            if last is not None and len(answer.whole) <= room and _goes_on(last, answer):
+            if self.start_id is None and last is not None and len(answer.whole) <= room and _goes_on(last, answer):
                 found[-1] = _joined(found[-1], last, answer)
             else:
                 found.append(self._cut(answer.before, answer.ids, room))
@@ -144,6 +165,9 @@ class ExampleEncoder:
         return _Answer(before, prompt.ended(self.tokenizer, ids), len(before) + len(ids))
 
     def _cut(self, before: list[int], answer: list[int], room: int) -> Example:
+        if self.start_id is not None:
+            source = _keep_start(before, room, self.tokenizer.eos_token_id)
+            return Example((self.start_id, *answer)[:room], 1, source=tuple(source))
         before = _keep_end(before, max(1, room - len(answer)), self.tokenizer.bos_token_id)
         return Example(tuple(before + answer)[:room], len(before))
 
@@ -158,6 +182,12 @@ def _joined(example: Example, last: _Answer, answer: _Answer) -> Example:
     answers = example.answers or (range(example.prompt_length, last.certain),)
     begun = (*answers[:-1], range(answers[-1].start, last.certain))
     return Example(tuple(answer.whole), example.prompt_length, (*begun, range(len(answer.before), len(answer.whole))))
+
+
+def _keep_start(ids: list[int], room: int, eos: int | None) -> list[int]:
+    if len(ids) <= room:
+        return ids
+    return [*ids[: room - 1], eos] if eos is not None and ids[-1] == eos else ids[:room]
 
 
 def _keep_end(ids: list[int], room: int, bos: int | None) -> list[int]:

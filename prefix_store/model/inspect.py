@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from prefix_store.errors import ModelUnsupported
 from prefix_store.model import attended, nearest, stored
 from prefix_store.model.attended import Shares
 from prefix_store.model.frozen import FrozenModel
@@ -57,8 +58,10 @@ def inspect(
     """Looks at a prefix that fits the model, which must be attached; `texts` are token ids, read one by one behind it.
 
     Attention to it and the importance of its virtual tokens are measured on the texts. A memory has no virtual tokens
-    and no part in the softmax.
+    and no part in the softmax. Raises ModelUnsupported for an encoder-decoder model.
     """
+    if frozen.is_encoder_decoder:
+        raise ModelUnsupported("a prefix of an encoder-decoder model cannot be inspected yet")
     if manifest.method is Method.PREFIX_PLUS:
         memory = tensors[PAYLOADS[manifest.method]].float()
         return Inspection(Norms(memory=memory.norm(dim=(2, 3))), None, None, None)

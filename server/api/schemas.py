@@ -147,6 +147,7 @@ class TrainingOptions(Body):
     seed: Integer | None = None
     patience: Integer | None = None
     publish_anyway: bool | None = None
+    stacks: list[str] | None = None
 
     def options(self) -> dict[str, Any]:
         """What was asked for, without examples."""

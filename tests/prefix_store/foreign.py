@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -51,6 +53,25 @@ def li_liang(path: Path, geometry: ModelGeometry, length: int, seed: int = 0, *,
     prefix = Reparametrised(geometry, length, geometry.hidden_size, (32, 32) if deep else (32,), seed)
     torch.save(prefix.state_dict(), path)
     return prefix.kv()
+
+
+def li_liang_bart(path: Path, geometry: ModelGeometry, length: int, stacks: Sequence[str]) -> dict[str, torch.Tensor]:
+    """`pytorch_model.bin` of their BART code: a module for each stack in one state dict; keys and values by stack."""
+    encoder = geometry.encoder
+    assert encoder is not None
+    sizes = {"layers": encoder.layers, "query_heads": encoder.heads, "head_dim": encoder.head_dim}
+    endings = {"self": ("", ""), "cross": ("2", "2"), "encoder": ("_enc", "_enc")}
+    state, found = OrderedDict(), {}
+    for seed, stack in enumerate(stacks):
+        own = replace(geometry, **sizes) if stack == "encoder" else geometry
+        prefix = Reparametrised(own, length, geometry.hidden_size, (32,), seed)
+        embedding, mlp = endings[stack]
+        for name, tensor in prefix.state_dict().items():
+            module, _, rest = name.partition(".")
+            state[f"{module}{embedding if module == 'wte' else mlp}.{rest}"] = tensor
+        found[stack] = prefix.kv()
+    torch.save(state, path)
+    return found
 
 
 def rinna(path: Path, geometry: ModelGeometry, length: int, seed: int = 0, *, legacy: bool = False) -> torch.Tensor:

@@ -100,6 +100,8 @@ def test_examples_to_judge_by_are_kept_behind_those_to_learn_from(store, jobs):
         ({"method": "prefix_plus", "init_text": "a"}, "init_text"),
         ({"method": "prompt", "frozen_tokens": 0}, "frozen_tokens"),
         ({"bottleneck": 8}, "bottleneck"),
+        ({"method": "prompt", "stacks": ["self"]}, "stacks"),
+        ({"stacks": ["middle"]}, "stacks"),
         ({"method": "prefix_mlp", "feature_map": "gelu"}, "feature_map"),
         ({"init_from": "No Name"}, "init_from"),
         ({"init_from": 3}, "init_from"),

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from prefix_store.errors import InvalidRequest
+from prefix_store.geometry import Stack
 from prefix_store.jobs import TRANSITIONS, JobStatus, Objective, TrainingSpec, method_files
 from tests.prefix_store.samples import SPEC
 
@@ -94,12 +95,22 @@ def test_a_method_file_with_a_bad_name_is_refused(setting, reason):
         ("examples", 0),
         ("patience", -1),
         ("publish_anyway", 1),
+        ("stacks", ()),
+        ("stacks", "self"),
+        ("stacks", ["self", "self"]),
+        ("stacks", ["middle"]),
     ],
 )
 def test_spec_names_the_field_it_refuses(field, value):
     with pytest.raises(InvalidRequest) as caught:
         TrainingSpec(**{**SPEC.to_json(), field: value})
     assert caught.value.param == field
+
+
+def test_one_set_of_stacks_is_one_specification():
+    spec = TrainingSpec("d" * 64, 1, stacks=["encoder", "self"])
+    assert spec.stacks == (Stack.SELF, Stack.ENCODER)
+    assert TrainingSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
 def test_bounds_are_inclusive():

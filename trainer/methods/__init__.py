@@ -8,10 +8,11 @@ from trainer.methods.prefix_mlp import MLPPrefix
 from trainer.methods.prefix_plus import HeadMemory
 from trainer.methods.prompt import SoftPrompt
 from trainer.methods.prompt_encoded import LSTMPrompt, MLPPrompt
+from trainer.methods.stacks import by_stack
 
 METHODS: dict[str, NewMethod] = {
-    "prefix": DirectKV,
-    "prefix_mlp": MLPPrefix,
+    "prefix": by_stack(DirectKV),
+    "prefix_mlp": by_stack(MLPPrefix),
     "prompt": SoftPrompt,
     "prompt_mlp": MLPPrompt,
     "prompt_lstm": LSTMPrompt,

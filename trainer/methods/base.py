@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol
 
 import torch
 
 from prefix_store.jobs import TrainingSpec
-from prefix_store.model.apply import PrefixRows
 from prefix_store.model.frozen import FrozenModel
+from prefix_store.model.rows import PrefixRows, Rows
 from prefix_store.prefix import Method, PrefixManifest, Window
 from prefix_store.tensors import PAYLOADS, PrefixTensors
 from trainer.methods.start import Start
@@ -22,10 +22,10 @@ class TuningMethod(Protocol):
     def parameters(self) -> list[torch.nn.Parameter]:
         """What the optimiser moves, float32."""
 
-    def rows(self, count: int) -> PrefixRows:
+    def rows(self, count: int) -> Rows:
         """The prefix for `count` rows of a batch, differentiable in the parameters."""
 
-    def layers_without_gradient(self) -> list[int]:
+    def layers_without_gradient(self) -> Sequence[int | str]:
         """Layers that the last backward did not reach; none in a sound run."""
 
     def manifest(self) -> PrefixManifest:
@@ -52,7 +52,7 @@ class KVMethod(ABC):
     def __init__(self, frozen: FrozenModel, spec: TrainingSpec) -> None:
         self.frozen = frozen
         self.virtual_tokens = spec.virtual_tokens
-        self._last: torch.Tensor | None = None  # the KV that the next backward goes through
+        self._last: torch.Tensor | None = None  # what the next backward goes through, by its first axis
 
     @abstractmethod
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -66,15 +66,19 @@ class KVMethod(ABC):
         """What the finished file holds, in its canonical layout."""
         return self.kv()
 
-    def rows(self, count: int) -> PrefixRows:
+    def rows(self, count: int) -> Rows:
         """Every row shares the one prefix; real tokens start after it."""
+        return PrefixRows.shared(self.tracked(), count, self.virtual_tokens, self.window)
+
+    def tracked(self) -> torch.Tensor:
+        """`kv`, whose gradient is kept for `layers_without_gradient`."""
         kv = self.kv()
         if kv.requires_grad:
             kv.retain_grad()
             self._last = kv
-        return PrefixRows.shared(kv, count, self.virtual_tokens, self.window)
+        return kv
 
-    def layers_without_gradient(self) -> list[int]:
+    def layers_without_gradient(self) -> Sequence[int]:
         """Layers whose keys and values the last backward did not reach."""
         gradient = None if self._last is None else self._last.grad
         if gradient is None:

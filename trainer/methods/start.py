@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from prefix_store.errors import InvalidRequest
+from prefix_store.geometry import Stack
 from prefix_store.jobs import TrainingSpec
-from prefix_store.model import apply
+from prefix_store.model import apply, both
 from prefix_store.model.frozen import FrozenModel
-from prefix_store.tensors import PrefixTensors
+from prefix_store.tensors import STACKS, PrefixTensors
 
 # Token ids of a text, or the tensors of a finished prefix, where the job names one as `init_from`.
 Start = Iterable[int] | PrefixTensors
@@ -42,7 +43,21 @@ def initial_kv(frozen: FrozenModel, spec: TrainingSpec, start: Start) -> torch.T
     """Keys and values `[L, 2, Hkv, P, D]` to start from, in float32: a finished prefix's, or those of `initial_ids`."""
     if isinstance(start, dict):
         return tensor_of(frozen, spec, start, "self.kv")
+    if frozen.is_encoder_decoder:
+        return both.prefill(frozen, initial_ids(frozen.tokenizer, spec, start))[Stack.SELF]
     return apply.prefill_kv(frozen, initial_ids(frozen.tokenizer, spec, start))
+
+
+def initial_kvs(frozen: FrozenModel, spec: TrainingSpec, start: Start) -> dict[Stack, torch.Tensor]:
+    """The same for each stack of an encoder-decoder model that the job asks for.
+
+    Those of a text are what the encoder makes of it, and the decoder, having read that, of writing it.
+    """
+    if isinstance(start, dict):
+        asked = spec.stacks or [stack for stack in Stack if STACKS[stack] in start] or [Stack.SELF]
+        return {stack: tensor_of(frozen, spec, start, STACKS[stack]) for stack in asked}
+    found = both.prefill(frozen, initial_ids(frozen.tokenizer, spec, start))
+    return {stack: found[stack] for stack in spec.stacks or Stack}
 
 
 def initial_embeds(frozen: FrozenModel, spec: TrainingSpec, start: Start) -> torch.Tensor:

@@ -10,6 +10,7 @@ from prefix_store.cli.foreign import Foreign
 from prefix_store.formats import peft, pickled
 from prefix_store.prefix import PrefixRef
 from prefix_store.tenants import DEFAULT_TENANT
+from tests.models import tiny_frozen
 from tests.prefix_store import foreign
 from tests.prefix_store.cli.conftest import HOSTILE, SPELT, Antefix, Instead, Running
 from tests.server import artefacts
@@ -175,3 +176,29 @@ def test_no_field_of_a_prefix_moves_the_cursor(
     assert SPELT in shown[0]
     assert SPELT in shown[2]
     assert not set("\x1b\u200f") & set("".join(shown))
+
+
+def test_a_checkpoint_for_bart_arrives_with_its_three_stacks(
+    antefix: Antefix, tmp_path: Path, instead: Instead
+) -> None:
+    geometry = tiny_frozen("bart").geometry
+    stacks = ("self", "cross", "encoder")
+    expected = foreign.li_liang_bart(tmp_path / "pytorch_model.bin", geometry, 4, stacks)
+    sent: list[bytes] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/model":
+            return httpx.Response(200, json={"geometry": geometry.to_json()})
+        sent.append(request.read())
+        made = {"id": "news", "version": 1, "digest": "0" * 64, "base_checked": False}
+        return httpx.Response(201, json=made)
+
+    instead(answer)
+    result = antefix("prefix", "import", "news", tmp_path / "pytorch_model.bin")
+    assert result.exit_code == 0, result.stderr
+    native = tmp_path / "native"
+    start = sent[0].index(b"\r\n\r\n", sent[0].index(b"prefix.safetensors")) + 4
+    native.write_bytes(sent[0][start : sent[0].rindex(b"\r\n--")])
+    manifest, tensors = codec.decode(native)
+    assert (manifest.stacks, manifest.position_offset) == (stacks, 0)
+    assert all((tensors[f"{stack}.kv"] - expected[stack]).abs().max() < 2e-6 for stack in stacks)

@@ -127,7 +127,7 @@ def test_the_first_bad_lines_are_named_and_no_more_than_five(antefix: Antefix, t
 
 def test_help_tells_every_default(antefix: Antefix) -> None:
     shown = " ".join(antefix("train", "--help").stdout.replace("│", "").split())
-    assert (shown.count("Default:"), shown.count("Default: chosen by the data.")) == (18, 4)
+    assert (shown.count("Default:"), shown.count("Default: chosen by the data.")) == (19, 4)
 
 
 def test_blank_lines_are_passed_over_and_no_line_is_an_error(data: Path, tmp_path: Path) -> None:
@@ -200,15 +200,16 @@ def test_every_option_of_a_job_can_be_given(
         **{"init": "random_tokens", "init_text": "a", "init_from": "b@1", "frozen_tokens": 2, "bottleneck": 8},
         **{"feature_map": "gelu", "patience": 3},
     }
-    flags = ["--publish-anyway"]
+    flags, stacks = ["--publish-anyway"], ["--stacks", "encoder, self"]
     given = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
     result = antefix(
-        "train", "--no-wait", "--name", "x", "--data", data, "--context", tmp_path / "context", *given, *flags
+        "train", "--no-wait", "--name", "x", "--data", data, "--context", tmp_path / "context", *given, *flags, *stacks
     )
     assert result.exit_code == 0, result.stderr
     body = sent.pop()
     del body["examples"]
-    assert body == options | {"objective": "distil", "context": "A long text.", "publish_anyway": True}
+    chosen = {"objective": "distil", "context": "A long text.", "publish_anyway": True, "stacks": ["encoder", "self"]}
+    assert body == options | chosen
     assert set(body) == OPTIONS - {"base_digest", "chat_template"}
 
 

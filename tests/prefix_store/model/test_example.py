@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from prefix_store.errors import ChatTemplateMissing, InvalidTrainingData
@@ -192,3 +193,40 @@ def test_a_text_of_one_token_leaves_nothing_to_learn():
     tokenizer.eos_token = None
     with pytest.raises(InvalidTrainingData, match="single token"):
         ExampleEncoder(tokenizer, frozenset()).encode({"text": "a"}, 10)
+
+
+START = 99
+BOTH = ExampleEncoder(TOKENIZER, frozenset({EOS}), start_id=START)
+
+
+def test_an_encoder_reads_the_prompt_and_the_decoder_begins_with_its_start():
+    (found,) = BOTH.encode({"prompt": "ab", "completion": " cd"}, 100)
+    assert found == Example((START, *tokens(" cd"), EOS), 1, source=(BOS, *tokens("ab")))
+    assert list(found.targets) == [1, 2, 3, 4]
+    assert (found.tokens, found.longest) == (8, 5)
+
+
+def test_each_of_the_two_has_the_room_and_loses_its_end():
+    (found,) = BOTH.encode({"prompt": "abcdefgh", "completion": " 12345678"}, 5)
+    assert found == Example((START, *tokens(" 123")), 1, source=(BOS, *tokens("abcd")))
+
+
+def test_the_end_that_a_tokenizer_puts_behind_a_source_stays():
+    ending = tiny_tokenizer()
+    ending._tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", EOS)])
+    encoder = ExampleEncoder(ending, frozenset({EOS}), start_id=START)
+    (found,) = encoder.encode({"prompt": "abcdefgh", "completion": " 1"}, 5)
+    assert found.source == (*tokens("abcd"), EOS)
+
+
+def test_a_text_has_nothing_for_an_encoder():
+    with pytest.raises(InvalidTrainingData, match="no part for the encoder"):
+        BOTH.encode({"text": "abc"}, 100)
+
+
+def test_each_answer_has_its_own_source():
+    encoder = ExampleEncoder(TOKENIZER, frozenset({EOS}), chat_template=MARKS, start_id=START)
+    found = encoder.encode({"messages": TURNS}, 500)
+    learned = [turn["content"] for turn in TURNS if turn["role"] == "assistant" and turn.get("weight") != 0]
+    assert [example.ids for example in found] == [(START, *tokens(text), EOS) for text in learned]
+    assert [TOKENIZER.decode(example.source).count("<user>") for example in found] == [1, 3]

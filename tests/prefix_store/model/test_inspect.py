@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from prefix_store.errors import ModelUnsupported
 from prefix_store.model import apply, inspect, stored
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import Method, PrefixManifest, Window
@@ -76,3 +77,9 @@ def test_texts_are_cut_to_what_may_be_run(model, monkeypatch):
     assert inspect.importance(model, manifest, random_kv(model, 3), TEXTS).tokens == 2 + 1
     monkeypatch.setattr(inspect, "MOST_RUN", 1)
     assert inspect.importance(model, manifest, random_kv(model, 3), TEXTS).tokens == 1 + 1
+
+
+def test_a_prefix_beside_an_encoder_is_refused():
+    model = tiny_frozen("bart")
+    with pytest.raises(ModelUnsupported, match="encoder-decoder"):
+        inspect.inspect(model, made(model, Method.PREFIX, 3), {"self.kv": random_kv(model, 3)}, TEXTS)

@@ -74,6 +74,8 @@ def test_a_job_is_queued_with_its_examples_and_options(client: TestClient, store
         ({"examples": EXAMPLES, "warmup": 2}, "warmup"),
         ({"examples": EXAMPLES, "weight_decay": "1"}, "weight_decay"),
         ({"examples": EXAMPLES, "bottleneck": 4}, "bottleneck"),
+        ({"examples": EXAMPLES, "stacks": ["self", "encoder"]}, "stacks"),
+        ({"examples": EXAMPLES, "stacks": "self"}, "stacks"),
         ({"examples": EXAMPLES, "method": "prefix_plus", "virtual_tokens": 4}, "virtual_tokens"),
         ({"examples": EXAMPLES, "objective": "rl"}, "objective"),
         ({"examples": EXAMPLES, "virtual_tokens": 4000}, "virtual_tokens"),

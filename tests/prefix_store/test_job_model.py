@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pytest
+
+from prefix_store.errors import InvalidRequest
+from prefix_store.job_model import check_model
+from tests.models import tiny_frozen
+
+LLAMA, BART = (tiny_frozen(family).geometry for family in ("llama", "bart"))
+
+
+@pytest.mark.parametrize(
+    ("options", "geometry", "param"),
+    [
+        ({"stacks": ["self", "cross"]}, LLAMA, "stacks"),
+        ({"stacks": ["encoder"]}, LLAMA, "stacks"),
+        ({"method": "prefix_plus"}, BART, "method"),
+        ({"objective": "distil", "context": "a text"}, BART, "objective"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused(options, geometry, param):
+    with pytest.raises(InvalidRequest) as caught:
+        check_model(options, geometry)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("options", "geometry"),
+    [
+        ({}, LLAMA),
+        ({"stacks": ["self"], "method": "prefix_plus", "objective": "distil"}, LLAMA),
+        ({}, BART),
+        ({"stacks": ["encoder", "self"], "objective": "lm"}, BART),
+        ({"method": "prompt_lstm"}, BART),
+        ({"stacks": ["elsewhere"]}, LLAMA),  # the specification's to refuse
+    ],
+)
+def test_the_rest_is_not(options, geometry):
+    check_model(options, geometry)
