@@ -56,11 +56,35 @@ class FrozenModel:
         return self.geometry.encoder is not None
 
     @property
+    def is_relative(self) -> bool:
+        """Whether tokens know how far apart they are, by a bias on their attention, and no positions (T5)."""
+        return hasattr(self.model.config, "relative_attention_num_buckets")
+
+    @property
     def start_id(self) -> int:
         """The token that every answer of an encoder-decoder model begins with, unseen by the user."""
         configured = getattr(self.model.generation_config, "decoder_start_token_id", None)
         start = configured if configured is not None else self.model.config.decoder_start_token_id
         return int(start)
+
+    @property
+    def start_ids(self) -> tuple[int, ...]:
+        """`start_id`, and the token that comes next by a rule of the generation config, which need not be asked for."""
+        forced = getattr(self.model.generation_config, "forced_bos_token_id", None)
+        return (self.start_id,) if forced is None else (self.start_id, int(forced))
+
+    @property
+    def last_id(self) -> int | None:
+        """The token that an answer ends with where its length cuts it short, if the generation config has that rule."""
+        forced = getattr(self.model.generation_config, "forced_eos_token_id", None)
+        # of several transformers' greedy search takes the first in the vocabulary
+        return min(forced) if isinstance(forced, list) else forced
+
+    @property
+    def banned_ids(self) -> frozenset[int]:
+        """Tokens that the generation config lets no answer have; longer sequences of them are not looked at."""
+        banned = getattr(self.model.generation_config, "bad_words_ids", None) or []
+        return frozenset(ids[0] for ids in banned if len(ids) == 1)
 
     @property
     def vocabulary_size(self) -> int:

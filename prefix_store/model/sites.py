@@ -29,7 +29,7 @@ class Site:
 
 def of(module: torch.nn.Module) -> Site:
     """What `mark` found. Decoder-only models are not marked: their attentions know their layers."""
-    site: Site | None = getattr(module, _MARK, None)
+    site: Site | None = vars(module).get(_MARK)
     return site or Site(Stack.SELF, module.layer_idx)  # type: ignore[arg-type]
 
 

@@ -43,7 +43,7 @@ async def _begin(body: ChatBody, services: Services, caller: Caller, begun: floa
     prefix = await model_names.load(body.model, services, caller)
     prompt = await prompts.from_chat([message.to_json() for message in body.messages], services)
     context = services.frozen.context_length
-    taken = len(prompt.ids) + generation.virtual_tokens(prefix)
+    taken = generation.taken(prompt, prefix, services.frozen)
     params = generation.sampling(body, services.frozen, taken, otherwise=context, logprobs=body.scores)
     return await generation.begin("chatcmpl", [(prompt, params)], body, prefix, services, caller, begun)
 

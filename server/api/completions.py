@@ -49,12 +49,11 @@ async def _begin(body: CompletionBody, services: Services, caller: Caller, begun
     if len(asked) * max(body.n, body.num_beams) > MOST_CHOICES:
         raise InvalidRequest(f"prompts times n, or num_beams, must be at most {MOST_CHOICES}", param="prompt")
     found = await prompts.from_each(asked, prefix.template if prefix else None, services)
-    taken = generation.virtual_tokens(prefix)
     params = [
         generation.sampling(
             body,
             services.frozen,
-            len(prompt.ids) + taken,
+            generation.taken(prompt, prefix, services.frozen),
             otherwise=DEFAULT_MAX_TOKENS,
             logprobs=body.logprobs,
             echo=body.echo,
@@ -93,7 +92,7 @@ def _end(choice: Choice, body: CompletionBody) -> tuple[TokenLogprob, ...]:
 
 def _offsets(started: Generation, body: CompletionBody, choice: Choice) -> Offsets:
     """For the text that the choice shows, which with an echo begins with the prompt."""
-    before = () if body.echo else started.prompt_of(choice.index).ids
+    before = () if body.echo else started.before(choice.index)
     return Offsets(started.services.frozen.tokenizer, before)
 
 

@@ -44,7 +44,7 @@ async def _begin(body: GenerateBody, services: Services, caller: Caller, begun: 
     params = generation.sampling(
         body,
         services.frozen,
-        len(prompt.ids) + generation.virtual_tokens(prefix),
+        generation.taken(prompt, prefix, services.frozen),
         otherwise=DEFAULT_MAX_TOKENS,
         logprobs=body.logprobs,
         echo=body.echo,

@@ -17,7 +17,7 @@ from fastapi import Request
 
 from prefix_store.errors import AntefixError, InvalidRequest
 from prefix_store.model.frozen import FrozenModel
-from server.api import errors, references, sse, structured
+from server.api import errors, prompts, references, sse, structured
 from server.api.auth import Caller
 from server.api.calls import Call
 from server.api.prompts import Prompt
@@ -47,6 +47,11 @@ class Generation:
         """The prompt that a choice answers."""
         return self.prompts[choice // self.n]
 
+    def before(self, choice: int) -> tuple[int, ...]:
+        """The tokens that a choice's own follow."""
+        frozen = self.services.frozen
+        return frozen.start_ids if frozen.is_encoder_decoder else self.prompt_of(choice).ids
+
     @property
     def prompt_tokens(self) -> int:
         """Of all prompts, each counted once."""
@@ -71,8 +76,16 @@ async def load_prefix(reference: str, services: Services, caller: Caller) -> Ser
 
 
 def virtual_tokens(prefix: ServedPrefix | None) -> int:
-    """How much of the context is taken before the prompt begins."""
+    """How many tokens stand before what the model reads."""
     return prefix.payload.virtual_tokens if prefix else 0
+
+
+def taken(prompt: Prompt, prefix: ServedPrefix | None, frozen: FrozenModel) -> int:
+    """How much of an answer's context is taken before its first token."""
+    if not frozen.is_encoder_decoder:
+        return len(prompt.ids) + virtual_tokens(prefix)
+    in_source = prefix.payload.source_tokens if prefix else 0
+    return len(frozen.start_ids) + virtual_tokens(prefix) - in_source
 
 
 def sampling(
@@ -87,10 +100,15 @@ def sampling(
     """How a prompt's answers are chosen, where `taken` tokens of the context are taken before the first.
 
     An absent max_tokens is `otherwise`, or what room there is, and at least one, so that too long a prompt is still
-    refused. Raises InvalidRequest.
+    refused. Raises InvalidRequest, also for an echo of what the answer does not follow.
     """
     _check_known("logit_bias", fields.logit_bias, frozen)
     _check_known("stop_token_ids", fields.stop_token_ids, frozen)
+    if echo and frozen.is_encoder_decoder:
+        raise InvalidRequest(
+            "echo: an encoder-decoder model's answer does not follow its prompt, and the prompt has no scores",
+            param="echo",
+        )
     room = max(1, min(otherwise, frozen.context_length - taken))
     return SamplingParams(
         max_tokens=room if fields.max_tokens is None else fields.max_tokens,
@@ -137,26 +155,26 @@ async def begin(
         GenerationRequest(
             id=f"{name}-{place * requests + index}",
             tenant=caller.tenant,
-            prompt_ids=prompt.ids,
             params=_seeded(params, index),
             prefix=prefix.payload if prefix else None,
             deadline=deadline,
             grammar=grammar,
+            **prompts.fields(prompt.ids, services.frozen),
         )
         for place, (prompt, params) in enumerate(asked)
         for index in range(requests)
     ]
     echoes = [prompt.text if params.echo else "" for prompt, params in asked for _ in range(fields.n)]
     call = Call(services.loop, rows, services.frozen.tokenizer, services.clock, echoes, each)
-    prompts = tuple(prompt for prompt, _ in asked)
+    whole = tuple(prompt for prompt, _ in asked)
     param = "n" if fields.num_beams == 1 else "num_beams"
-    await services.rates.start(caller.tenant, call.rows, sum(len(prompt.ids) for prompt in prompts), param)
+    await services.rates.start(caller.tenant, call.rows, sum(len(prompt.ids) for prompt in whole), param)
     try:
         call.submit()
     except BaseException:
         services.rates.end(caller.tenant, call.rows)
         raise
-    return Generation(name, caller.tenant, prefix, prompts, fields.n, call, services, begun)
+    return Generation(name, caller.tenant, prefix, whole, fields.n, call, services, begun)
 
 
 async def finish(generation: Generation, request: Request) -> None:

@@ -39,6 +39,7 @@ async def look(ref: str, services: Serving, caller: Calling, prompt: Texts = [])
 
 
 def _read(services: Services, ref: str, caller: Caller) -> tuple[PrefixVersion, PrefixManifest, PrefixTensors]:
+    references.decoder_only(services, "be inspected")
     version = references.resolve(services, ref, caller)
     manifest, tensors = services.store.prefixes.read(version)
     frozen = services.frozen

@@ -9,6 +9,7 @@ from typing import Any
 from anyio import to_thread
 
 from prefix_store.errors import ContextLengthExceeded, InvalidRequest
+from prefix_store.model.frozen import FrozenModel
 from prefix_store.model.prompt import encode, render, render_chat
 from server.api.services import Services
 from server.text import decode
@@ -23,6 +24,17 @@ class Prompt:
 
     ids: tuple[int, ...]
     text: str
+
+
+def fields(ids: tuple[int, ...], frozen: FrozenModel) -> dict[str, Any]:
+    """The fields of a `GenerationRequest` that a prompt and the model decide.
+
+    A prompt is what an encoder-decoder model's encoder reads; its answer begins, and ends, by the model's own rules.
+    """
+    if not frozen.is_encoder_decoder:
+        return {"prompt_ids": ids}
+    rules = {"last_id": frozen.last_id, "banned_ids": frozen.banned_ids}
+    return {"prompt_ids": frozen.start_ids, "source_ids": ids, **rules}
 
 
 async def from_text(text: str, template: str | None, services: Services) -> Prompt:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from prefix_store.errors import InvalidName, InvalidPrefix, PrefixNotFound
+from prefix_store.errors import InvalidName, InvalidPrefix, InvalidRequest, PrefixNotFound
 from prefix_store.prefix import PrefixRef, PrefixVersion, check_name
 from server.api.auth import Caller
 from server.api.services import Services
@@ -60,6 +60,13 @@ def load(services: Services, text: str, caller: Caller) -> ServedPrefix:
     except InvalidPrefix as error:
         raise type(error)(error.message, param="prefix_id") from None
     return ServedPrefix(version, loaded.payload, loaded.template, caller.tenant)
+
+
+def decoder_only(services: Services, what: str) -> None:
+    """Raises InvalidRequest for what cannot be done with an encoder-decoder model's prefixes."""
+    if services.frozen.is_encoder_decoder:
+        family = services.frozen.geometry.family
+        raise InvalidRequest(f"{family} is an encoder-decoder model, whose prefixes cannot {what} yet")
 
 
 @contextmanager

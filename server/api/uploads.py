@@ -27,7 +27,7 @@ from server.api.auth import Caller, Calling
 from server.api.receiving import Received, receive
 from server.api.repeats import Keep, Reply
 from server.api.services import Services, Serving
-from server.engine.prefix_loader import served_tensor
+from server.engine.prefix_loader import served_tensors
 
 # The form's parts besides the file, and how many bytes each may have: one more of a config is the format's to refuse.
 PARTS = {
@@ -120,7 +120,7 @@ def _save(services: Services, caller: Caller, made: Upload, keep: Keep) -> Reply
     manifest, tensors = _decode(services, made)
     frozen = services.frozen
     check_fits(manifest, frozen.geometry, frozen.digest, frozen.context_length)
-    served_tensor(manifest, tensors, frozen.dtype)  # for what it refuses
+    served_tensors(tensors, frozen.dtype)  # for what it refuses
 
     def also(transaction: Transaction, version: PrefixVersion) -> None:
         keep(transaction, _reply(version))

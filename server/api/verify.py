@@ -60,6 +60,7 @@ async def verify(request: Request, ref: str, services: Serving, caller: Calling)
 
 
 async def _verify(ref: str, services: Services, caller: Caller) -> dict[str, Any]:
+    references.decoder_only(services, "be verified")
     prefix = await to_thread.run_sync(references.load, services, ref, caller)
     others = await to_thread.run_sync(_others, services, caller, prefix)
     evidence = await _ask(services, caller, prefix.payload, [other.payload for other in others])

@@ -24,6 +24,7 @@ def adjust(logits: torch.Tensor, sequences: Rows[Sequence]) -> None:
     _add_bias(logits, sequences)
     _penalise(logits, sequences)
     _forbid(logits, sequences)
+    _force(logits, sequences)
     constrain(logits, sequences)
 
 
@@ -56,6 +57,12 @@ def _forbid(logits: torch.Tensor, sequences: Rows[Sequence]) -> None:
     if any(forbidden):
         rows, tokens, _ = _cells(forbidden, logits)
         logits[rows, tokens] = -torch.inf
+
+
+def _force(logits: torch.Tensor, sequences: Rows[Sequence]) -> None:
+    for row, sequence in zip(logits, sequences, strict=True):
+        if sequence.forced is not None:
+            row.fill_(-torch.inf)[sequence.forced] = 0
 
 
 def _cells(values: Rows[Mapping[int, float]], logits: torch.Tensor) -> Cells:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from server.engine.attention.memory import memory_items
-from server.engine.attention.work import work_items
+from server.engine.attention.work import WorkItem, cross_items, encoder_items, work_items
 from server.scheduler.plan import Row, StepPlan
 
 
@@ -22,10 +22,27 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Sources:
+    """What an encoder-decoder model reads in a step: `token_ids` and `positions` `[1, S]`, none where no row begins.
+
+    `slots` `[S]`: where the sources' keys and values go, the encoder's own and those that the cross-attention makes of
+    its output. `prompts`: soft prompts `[P, E]` that stand in the place of tokens, each with its first place. `work` is
+    the encoder's, `cross` the cross-attention's, of all rows.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    prompts: tuple[tuple[int, torch.Tensor], ...]
+    work: torch.Tensor
+    cross: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """`token_ids` and `positions` `[1, T]`, `slots` `[T]`, `selected` `[N]` packed indices whose logits are wanted.
 
-    `work` and `memories`: see `StepContext`.
+    `work` and `memories`: see `StackStep`. `sources`: None for a decoder-only model.
     """
 
     token_ids: torch.Tensor
@@ -35,10 +52,14 @@ class Batch:
     memories: torch.Tensor | None
     selected: torch.Tensor
     selections: tuple[Selection, ...]
+    sources: Sources | None = None
 
 
-def build(plan: StepPlan, windows: Iterable[int], device: torch.device) -> Batch:
-    """Packs a plan. Rows that share a prefix become neighbours; `selections` stay in the plan's order."""
+def build(plan: StepPlan, windows: Iterable[int], device: torch.device, *, relative: bool = False) -> Batch:
+    """Packs a plan. Rows that share a prefix become neighbours; `selections` stay in the plan's order.
+
+    `relative`: the model's positions are relative, see `work_items`.
+    """
     packed = sorted(plan.rows, key=_prefix_start)
     token_ids: list[int] = []
     positions: list[int] = []
@@ -54,10 +75,36 @@ def build(plan: StepPlan, windows: Iterable[int], device: torch.device) -> Batch
         token_ids=torch.tensor([token_ids], device=device),
         positions=torch.tensor([positions], device=device),
         slots=torch.tensor(slots, device=device),
-        work={window: _work(packed, window) for window in windows},
+        work={window: _lines(work_items(packed, window or None, relative=relative)) for window in windows},
         memories=_memories(packed),
         selected=torch.tensor(selected, dtype=torch.long, device=device),
         selections=tuple(selections[id(row.sequence)] for row in plan.rows),
+        sources=_sources(packed, device, relative) if packed[0].sequence.source is not None else None,
+    )
+
+
+def _sources(packed: Sequence[Row], device: torch.device, relative: bool) -> Sources:
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    prompts = []
+    beginning = [row for row in packed if row.encodes]
+    for row in beginning:
+        request, source = row.sequence.request, row.sequence.source
+        assert source is not None
+        if request.prefix is not None and request.prefix.source_tokens:
+            prompts.append((len(token_ids), request.prefix.tensor))
+            token_ids.extend([0] * request.prefix.source_tokens)
+        token_ids.extend(request.source_ids)
+        positions.extend(range(source.size))
+        slots.extend(range(source.start, source.end))
+    return Sources(
+        token_ids=torch.tensor([token_ids], device=device),
+        positions=torch.tensor([positions], device=device),
+        slots=torch.tensor(slots, dtype=torch.long, device=device),
+        prompts=tuple(prompts),
+        work=_lines(encoder_items(beginning, relative=relative)),
+        cross=_lines(cross_items(packed)),
     )
 
 
@@ -78,8 +125,8 @@ def _wanted(row: Row, first: int) -> list[int]:
     return [*wanted, first + row.count - 1] if row.samples else wanted
 
 
-def _work(rows: Sequence[Row], window: int) -> torch.Tensor:
-    return torch.tensor([item.as_tuple() for item in work_items(rows, window or None)])
+def _lines(items: Sequence[WorkItem]) -> torch.Tensor:
+    return torch.tensor([item.as_tuple() for item in items])
 
 
 def _memories(rows: Sequence[Row]) -> torch.Tensor | None:

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from prefix_store.errors import ModelUnsupported
 from prefix_store.model.frozen import FrozenModel
 from server.engine import self_test
 from server.engine.attention import native
 from server.engine.batch import build
+from server.engine.encoder_decoder import EncoderDecoderRunner
 from server.engine.kv_pool import KVPool, bytes_per_slot, memory_slots
 from server.engine.model_runner import ModelRunner
 from server.engine.sampler import sample
@@ -35,14 +35,14 @@ class Engine:
         int8: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if frozen.is_encoder_decoder:
-            raise ModelUnsupported(f"{frozen.geometry.family}: encoder-decoder models cannot be served yet")
         self.frozen = frozen
-        self.limits = replace(limits, memory_slots=memory_slots(frozen.geometry))
+        memory, source = memory_slots(frozen.geometry), source_slots(frozen)
+        self.limits = replace(limits, memory_slots=memory, source_slots=source)
         self.scheduler = Scheduler(self.limits, frozen.end_ids, clock)
         self.pool = KVPool(frozen.geometry, limits.slots, dtype=frozen.dtype, device=frozen.device)
         truths = self_test.plain_truths(frozen)
-        self.runner = ModelRunner(frozen, self.pool, backend or default_backend(frozen), int8=int8)
+        kind = EncoderDecoderRunner if frozen.is_encoder_decoder else ModelRunner
+        self.runner = kind(frozen, self.pool, backend or default_backend(frozen), int8=int8)
         self_test.check(self.runner, truths)
 
     def step(self) -> list[TokenEvent]:
@@ -60,7 +60,7 @@ class Engine:
                 self.pool.apply(transfer)
         if not plan.rows:
             return []
-        batch = build(plan, self.runner.windows, self.frozen.device)
+        batch = build(plan, self.runner.windows, self.frozen.device, relative=self.frozen.is_relative)
         return sample(self.runner.run(batch), batch.selections)
 
 
@@ -76,6 +76,12 @@ def choose_slots(frozen: FrozenModel, rows: int, budget_bytes: int) -> int:
 
     Never below one context beside a memory, without which the longest legal request could not run.
     """
-    wanted = 2 * rows * frozen.context_length
+    wanted = 2 * rows * (frozen.context_length + source_slots(frozen))
     affordable = budget_bytes // bytes_per_slot(frozen.geometry, frozen.dtype)
-    return max(frozen.context_length + memory_slots(frozen.geometry), min(wanted, affordable))
+    least = frozen.context_length + memory_slots(frozen.geometry) + source_slots(frozen)
+    return max(least, min(wanted, affordable))
+
+
+def source_slots(frozen: FrozenModel) -> int:
+    """KV slots that a request may take beside its answer's context: the longest source, the longest cross prefix."""
+    return 2 * frozen.context_length if frozen.is_encoder_decoder else 0

@@ -28,6 +28,11 @@ class Int8Linear(torch.nn.Module):
         self.zero_points = torch.zeros(len(rounded), dtype=torch.int64)
         self.bias_term = bias.detach().float() if bias is not None else torch.zeros(len(rounded))
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """Opaque: for T5, which asks for its dtype."""
+        return self.packed
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` to `[..., out]`. A row that is not finite has no finite result."""
         rounded, scales = round_rows(x.reshape(-1, x.shape[-1]))

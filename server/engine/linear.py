@@ -30,6 +30,11 @@ class PackedLinear(torch.nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS_HINT)
         self.bias_term = bias.detach() if bias is not None else None
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """Opaque: for T5, which asks for its dtype."""
+        return self.packed
+
     def forward(self, x: torch.Tensor, activation: Activation = NO_ACTIVATION) -> torch.Tensor:
         """`[..., in]` to `[..., out]`."""
         output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(

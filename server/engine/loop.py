@@ -195,7 +195,7 @@ class EngineLoop:
     def _count(self, plan: StepPlan) -> None:
         self._steps += 1
         self._generated_tokens += sum(row.samples and not row.sequence.is_mute for row in plan.rows)
-        self._prompt_tokens += sum(row.count for row in plan.rows if row.start < row.sequence.prompt_length)
+        self._prompt_tokens += sum(row.cost for row in plan.rows if row.start < row.sequence.prompt_length)
         prefixes = {r.sequence.request.prefix.digest for r in plan.rows if r.sequence.request.prefix is not None}
         self._distinct_prefixes = len(prefixes)
 

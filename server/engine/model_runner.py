@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from prefix_store.errors import ModelUnsupported
+from prefix_store.geometry import Stack
 from prefix_store.model import activation
 from prefix_store.model.frozen import FrozenModel
 from server.engine import attention, fused, gated, linear, siblings
-from server.engine.attention import StepContext
+from server.engine.attention import StackStep, StepContext
 from server.engine.attention.work import prefill_item
 from server.engine.batch import Batch
 from server.engine.kv_pool import KVPool
@@ -34,13 +35,13 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
         """Logits `[N, V]` of the batch's selected positions; the keys and values of its tokens go into the pool."""
-        step = StepContext(self.pool, batch.slots, batch.work, self.backend, batch.memories)
+        own = StackStep(*self.pool.of(Stack.SELF), batch.slots, batch.work, batch.memories)
         output = self.frozen.model(
             input_ids=batch.token_ids,
             position_ids=batch.positions,
             use_cache=False,
             logits_to_keep=batch.selected,
-            antefix=step,
+            antefix=StepContext({Stack.SELF: own}, self.backend),
         )
         logits: torch.Tensor = output.logits[0]
         return logits
@@ -55,12 +56,13 @@ class ModelRunner:
         count, device = len(embeds), self.frozen.device
         slots = torch.arange(extent.start, extent.end, device=device)
         work = {window: torch.tensor([prefill_item(extent, window).as_tuple()]) for window in self.windows}
+        own = StackStep(*self.pool.of(Stack.SELF), slots, work)
         self.frozen.model(
             inputs_embeds=embeds[None].to(device),
             position_ids=torch.arange(count, device=device)[None],
             use_cache=False,
             logits_to_keep=1,
-            antefix=StepContext(self.pool, slots, work, self.backend),
+            antefix=StepContext({Stack.SELF: own}, self.backend),
         )
 
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from prefix_store.errors import PrefixMismatch
+from prefix_store.geometry import Stack
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import Method, PrefixManifest, PrefixVersion, Window
 from prefix_store.store import PrefixStore
-from prefix_store.tensors import PAYLOADS, PrefixTensors, check_fits
+from prefix_store.tensors import PAYLOADS, STACKS, PrefixTensors, check_fits
 from server.engine.kv_pool import memory_slots
 from server.scheduler.messages import PrefixPayload
 
@@ -28,8 +29,8 @@ class LoadedPrefix:
     @property
     def size_bytes(self) -> int:
         """Host memory it takes."""
-        tensor: torch.Tensor = self.payload.tensor
-        return tensor.nbytes
+        tensors: list[torch.Tensor | None] = [self.payload.tensor, self.payload.cross, self.payload.encoder]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 class PrefixLoader:
@@ -96,23 +97,32 @@ class PrefixLoader:
                 total -= size
 
 
-def served_tensor(manifest: PrefixManifest, tensors: PrefixTensors, dtype: torch.dtype) -> torch.Tensor:
-    """A prefix's canonical tensor in the model's dtype. Raises PrefixMismatch for values that overflow the dtype."""
-    tensor = tensors[PAYLOADS[manifest.method]].to(dtype).contiguous()
-    if not bool(tensor.isfinite().all()):
+def served_tensors(tensors: PrefixTensors, dtype: torch.dtype) -> PrefixTensors:
+    """A prefix's canonical tensors in the model's dtype. Raises PrefixMismatch for values that overflow the dtype."""
+    served = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+    if not all(bool(tensor.isfinite().all()) for tensor in served.values()):
         raise PrefixMismatch(f"the prefix has values that overflow this server's {dtype}", param="file")
-    return tensor
+    return served
 
 
 def payload_of(digest: str, manifest: PrefixManifest, tensors: PrefixTensors, dtype: torch.dtype) -> PrefixPayload:
-    """What the engine takes. Raises what `served_tensor` raises."""
+    """What the engine takes. Raises what `served_tensors` raises.
+
+    A soft prompt of an encoder-decoder model stands before each source, where it moves no position of the answer's.
+    What its places hold depends on the source, all of which they see, so it cannot become keys and values once for all.
+    """
+    served = served_tensors(tensors, dtype)
+    in_source = manifest.method is Method.PROMPT and manifest.geometry.encoder is not None
     return PrefixPayload(
         digest=digest,
         virtual_tokens=manifest.virtual_tokens,
-        position_offset=manifest.position_offset,
+        position_offset=0 if in_source else manifest.position_offset,
         slides=manifest.window is Window.SLIDES,
-        tensor=served_tensor(manifest, tensors, dtype),
+        tensor=served.get(PAYLOADS[manifest.method]),
         is_embeds=manifest.method is Method.PROMPT,
         feature_map=manifest.feature_map,
         memory_slots=memory_slots(manifest.geometry) if manifest.method is Method.PREFIX_PLUS else 0,
+        stacks=() if in_source else manifest.stacks,
+        cross=served.get(STACKS[Stack.CROSS]),
+        encoder=served.get(STACKS[Stack.ENCODER]),
     )

@@ -34,6 +34,12 @@ class UnpackedLinear(torch.nn.Module):
         self.__dict__["layer"] = layer
         self.rows = rows
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """As `PackedLinear.weight`."""
+        layer: PackedLinear = self.__dict__["layer"]
+        return layer.weight
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` to `[..., out]`."""
         layer: PackedLinear = self.__dict__["layer"]

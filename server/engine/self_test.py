@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 
 from prefix_store.errors import ModelUnsupported
+from prefix_store.geometry import Stack
+from prefix_store.model import sites
 from prefix_store.model.frozen import FrozenModel
 from server.engine.batch import Selection, build
 from server.engine.kv_pool import KVPool
@@ -31,26 +34,86 @@ LIMITS = Limits(slots=256, rows=4, step_tokens=7, context_length=LENGTH + 1, wai
 
 @dataclass(frozen=True)
 class Truth:
-    """A random text, its logits `[T, V]` and its keys and values `[L, 2, Hkv, T, D]` by the plain model."""
+    """A random text and its logits `[T, V]` by the plain model; the prefix is what its first tokens are to the others.
+
+    What an encoder-decoder model's text is an answer to is the `source`, and some more tokens, which are a prefix to
+    the source, too.
+    """
 
     ids: tuple[int, ...]
     logits: torch.Tensor
-    kv: torch.Tensor
+    prefix: PrefixPayload | None
+    source: tuple[int, ...] = ()
 
 
 @torch.inference_mode()
 def plain_truths(frozen: FrozenModel) -> list[Truth]:
     """A random text for each prefix length, through the plain model: call it before a runner binds the model."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(frozen.vocabulary_size, (len(PREFIX_LENGTHS), LENGTH), generator=generator).to(frozen.device)
+    texts, sources = (
+        torch.randint(frozen.vocabulary_size, (len(PREFIX_LENGTHS), LENGTH), generator=generator).to(frozen.device)
+        for _ in range(2)
+    )
+    if not frozen.is_encoder_decoder:
+        return [_text(frozen, ids[None], length) for ids, length in zip(texts, PREFIX_LENGTHS, strict=True)]
+    triples = zip(texts, sources, PREFIX_LENGTHS, strict=True)
+    return [_answer(frozen, ids[None], source[None], length) for ids, source, length in triples]
+
+
+def _text(frozen: FrozenModel, ids: torch.Tensor, length: int) -> Truth:
     # A cache made without the config keeps what has slid out of a window too.
-    outputs = [frozen.model(row[None], past_key_values=DynamicCache(), use_cache=True) for row in ids]
-    return [_truth(row.tolist(), output) for row, output in zip(ids, outputs, strict=True)]
+    output = frozen.model(ids, past_key_values=DynamicCache(), use_cache=True)
+    prefix = _prefix(_cached(output.past_key_values)[..., :length, :])
+    return Truth(tuple(ids[0].tolist()), output.logits[0].float(), prefix)
 
 
-def _truth(ids: list[int], output: Any) -> Truth:
-    layers = [torch.stack([layer.keys[0], layer.values[0]]) for layer in output.past_key_values.layers]
-    return Truth(tuple(ids), output.logits[0].float(), torch.stack(layers))
+def _answer(frozen: FrozenModel, ids: torch.Tensor, source: torch.Tensor, length: int) -> Truth:
+    """All of a source sees all of it, so any part may be a prefix to the rest.
+
+    Where positions count from the first token it is the end, for the rest to keep its own; where they are relative it
+    is the beginning, for that is where a prefix stands.
+    """
+    model, cache = frozen.model, EncoderDecoderCache(DynamicCache(), DynamicCache())
+    encoded: dict[tuple[int, int], torch.Tensor] = {}
+    hooks = _listen(model, encoded)
+    output = model(input_ids=source, decoder_input_ids=ids, past_key_values=cache, use_cache=True)
+    for hook in hooks:
+        hook.remove()
+    layers, _, heads, size = frozen.geometry.kv_shape_of(Stack.ENCODER)
+    encoder = torch.stack([encoded[place] for place in sorted(encoded)]).view(layers, 2, LENGTH, heads, size)
+    rest = LENGTH - length
+    part, own = (slice(length), slice(length, None)) if frozen.is_relative else (slice(rest, None), slice(rest))
+    prefix = _prefix(_cached(cache.self_attention_cache)[..., :length, :])
+    if prefix is not None:
+        cross = _cached(cache.cross_attention_cache)[..., part, :]
+        prefix = replace(prefix, stacks=tuple(Stack), cross=cross, encoder=encoder.transpose(2, 3)[..., part, :])
+    return Truth(tuple(ids[0].tolist()), output.logits[0].float(), prefix, tuple(source[0, own].tolist()))
+
+
+def _listen(model: Any, heard: dict[tuple[int, int], torch.Tensor]) -> list[Any]:
+    """Notes what the encoder makes of its source, `[1, S, H * D]` by layer and by whether it is keys, 0, or values."""
+    hooks = []
+    for module in model.get_encoder().modules():
+        if hasattr(module, "layer_idx"):
+            for index, names in enumerate((("k_proj", "k"), ("v_proj", "v"))):
+                projection = next(getattr(module, name) for name in names if hasattr(module, name))
+                note = partial(_note, heard, (sites.of(module).layer, index))
+                hooks.append(projection.register_forward_hook(note))
+    return hooks
+
+
+def _note(heard: dict[tuple[int, int], torch.Tensor], place: tuple[int, int], *seen: Any) -> None:
+    heard[place] = seen[-1]
+
+
+def _cached(cache: Any) -> torch.Tensor:
+    """Canonical `[L, 2, Hkv, T, D]`."""
+    return torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])
+
+
+def _prefix(kv: torch.Tensor) -> PrefixPayload | None:
+    length = kv.shape[3]
+    return PrefixPayload(f"text {length}", length, length, slides=True, tensor=kv) if length else None
 
 
 def check(runner: ModelRunner, truths: list[Truth]) -> None:
@@ -87,7 +150,7 @@ def _worst_difference(runner: ModelRunner, truths: list[Truth]) -> float:
         plan = scheduler.schedule()
         for transfer in plan.transfers:
             pool.apply(transfer)
-        batch = build(plan, runner.windows, runner.frozen.device)
+        batch = build(plan, runner.windows, runner.frozen.device, relative=runner.frozen.is_relative)
         logits = runner.run(batch)
         results = []
         for selection in batch.selections:
@@ -99,12 +162,9 @@ def _worst_difference(runner: ModelRunner, truths: list[Truth]) -> float:
 
 
 def _request(index: int, truth: Truth) -> GenerationRequest:
-    length = PREFIX_LENGTHS[index]
-    prefix = None
-    if length:
-        prefix = PrefixPayload(f"text {index}", length, length, slides=True, tensor=truth.kv[..., :length, :])
     params = SamplingParams(max_tokens=LENGTH - PROMPT_END, temperature=0.0)
-    return GenerationRequest(str(index), "", truth.ids[length:PROMPT_END], params, prefix)
+    prompt = truth.ids[PREFIX_LENGTHS[index] : PROMPT_END]
+    return GenerationRequest(str(index), "", prompt, params, truth.prefix, source_ids=truth.source)
 
 
 def _last_index(selection: Selection) -> int:

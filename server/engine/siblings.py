@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from prefix_store.geometry import Stack
+from prefix_store.model import sites
 from server.engine.linear import TOLERANCES, PackedLinear
 
 NAMES = ("q_proj", "k_proj", "v_proj")
@@ -62,7 +64,8 @@ def fuse(model: torch.nn.Module) -> int:
 def _joined(module: Any) -> bool:
     found = [getattr(module, name, None) for name in NAMES]
     layers = [layer for layer in found if type(layer) is PackedLinear]
-    if len(layers) < len(NAMES):
+    # a cross-attention's queries come of another input than its keys and values
+    if len(layers) < len(NAMES) or sites.of(module).stack is Stack.CROSS:
         return False
     kinds = {(layer.inputs, layer.dtype, layer.bias_term is None) for layer in layers}
     if len(kinds) > 1:

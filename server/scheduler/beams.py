@@ -81,7 +81,7 @@ class BeamGroup(Sequence):
         """
         first, *others = self.beams
         for beam in self.beams:
-            beam.extent, beam.resident = self._part(beam.place), self.resident
+            beam.extent, beam.source, beam.resident = self._part(beam.place), self.source, self.resident
         if not others:
             return [Row(first, first.computed, count)], []
         if first.remaining > 1:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from prefix_store.geometry import Stack
 from server.scheduler.sampling_params import SamplingParams
 
 
@@ -27,6 +28,10 @@ class PrefixPayload:
     embeddings `[P, E]` of a soft prompt, which become KV on the device; where there is a `feature_map`, a memory
     `[L, Hq, D, D]`, which has no virtual tokens and lies in `memory_slots` KV slots. `slides`: sliding-window layers
     let it slide out of sight.
+
+    On an encoder-decoder model it has keys and values in one or more `stacks`: `tensor` is the decoder's own, `cross`
+    `[L, 2, Hkv, P, D]` and `encoder` `[Le, 2, He, P, De]` are the others. A soft prompt has none there, and no slots:
+    its embeddings stand in front of every request's source.
     """
 
     digest: str
@@ -37,11 +42,24 @@ class PrefixPayload:
     is_embeds: bool = False
     feature_map: str | None = None
     memory_slots: int = 0
+    stacks: tuple[Stack, ...] = (Stack.SELF,)
+    cross: Any = field(default=None, repr=False, compare=False)
+    encoder: Any = field(default=None, repr=False, compare=False)
 
     @property
     def slots(self) -> int:
-        """KV slots that it takes on the device."""
-        return self.virtual_tokens + self.memory_slots
+        """KV slots that it takes on the device. The encoder's keys and values have a pool of their own, as large."""
+        in_decoder = sum(stack is not Stack.ENCODER for stack in self.stacks)
+        return self.virtual_tokens * max(in_decoder, Stack.ENCODER in self.stacks) + self.memory_slots
+
+    def offset(self, stack: Stack) -> int:
+        """Where among its slots a stack's keys and values begin: the decoder's two lie one behind the other."""
+        return self.virtual_tokens if stack is Stack.CROSS and Stack.SELF in self.stacks else 0
+
+    @property
+    def source_tokens(self) -> int:
+        """Virtual tokens that are a part of each request's source."""
+        return 0 if self.stacks else self.virtual_tokens
 
 
 @dataclass(frozen=True)
@@ -51,6 +69,9 @@ class GenerationRequest:
     With beams it is a row for each of them, and one request gives all choices.
 
     `grammar`, opaque here, is what the answer must match; None is any text.
+
+    An encoder-decoder model's encoder reads `source_ids`; `prompt_ids` is what its answer begins with. An answer that
+    `max_tokens` cuts short ends with `last_id`, where the model has such a rule, and none has a token of `banned_ids`.
     """
 
     id: str
@@ -60,6 +81,14 @@ class GenerationRequest:
     prefix: PrefixPayload | None = None
     deadline: float | None = None
     grammar: Any = field(default=None, repr=False, compare=False)
+    source_ids: tuple[int, ...] = ()
+    last_id: int | None = None
+    banned_ids: frozenset[int] = frozenset()
+
+    @property
+    def source_length(self) -> int:
+        """Tokens that the encoder reads: a soft prompt's, and the source's own."""
+        return len(self.source_ids) + (self.prefix.source_tokens if self.prefix is not None else 0)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def take(sequence: Sequence, rows: Rows[Row], results: Rows[RowResult]) -> tuple
 def _next(sequence: Sequence, token_id: int, result: RowResult) -> TokenEvent:
     reason = _reason_to_stop(sequence, token_id)
     stopped = reason is FinishReason.STOP
-    silent = stopped or sequence.is_mute
+    silent = stopped or sequence.is_mute or sequence.forced is not None
     sequence.tokens.append(token_id)
     prompt_logprobs = sequence.scored_prompt() if sequence.wants_prompt_logprobs else None
     sequence.prompt_logprobs_sent |= prompt_logprobs is not None
@@ -67,6 +67,6 @@ def _next(sequence: Sequence, token_id: int, result: RowResult) -> TokenEvent:
 
 
 def _reason_to_stop(sequence: Sequence, token_id: int) -> FinishReason | None:
-    if token_id in sequence.end_ids and not sequence.is_mute:
+    if token_id in sequence.end_ids and not sequence.is_mute and sequence.forced is None:
         return FinishReason.STOP
     return FinishReason.LENGTH if sequence.generated + 1 >= sequence.request.params.max_tokens else None

@@ -40,6 +40,16 @@ class Row:
         return self.start + self.count == len(self.sequence.tokens)
 
     @property
+    def encodes(self) -> bool:
+        """Whether the encoder reads the sequence's source in this step."""
+        return self.sequence.is_unread
+
+    @property
+    def cost(self) -> int:
+        """Tokens of the step that it takes, those that the encoder reads among them."""
+        return self.count + (self.sequence.source_length if self.encodes else 0)
+
+    @property
     def scored(self) -> range:
         """Own indices whose logits are wanted as prompt log-probabilities: index i predicts token i + 1."""
         if not self.sequence.wants_prompt_logprobs:

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Container
 from dataclasses import dataclass
 
+from prefix_store.geometry import Stack
 from server.scheduler.messages import PrefixPayload
 from server.scheduler.slots import Extent, SlotAllocator
 
@@ -21,6 +22,13 @@ class Resident:
     extent: Extent
     pins: int = 0
     is_loaded: bool = False
+
+    def extent_of(self, stack: Stack) -> Extent | None:
+        """Where its keys and values of a stack lie, if it has any there."""
+        payload = self.payload
+        if not payload.virtual_tokens or stack not in payload.stacks:
+            return None
+        return Extent(self.extent.start + payload.offset(stack), payload.virtual_tokens)
 
 
 class Residency:

@@ -19,6 +19,7 @@ stream of small ones holds the other up for ever.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 from prefix_store.errors import Overloaded
@@ -35,9 +36,6 @@ from server.scheduler.waiting import Line, WaitingQueue
 
 # Own slots reserved beyond the prompt at admission; a longer answer doubles its extent as it grows.
 HEADROOM = 64
-# While others decode, prompts get at least so many tokens of a step, and so many for each of them: where many have
-# piled up, all in all they are done sooner by long steps than by short ones.
-LEAST_CHUNK, CHUNK_EACH = 16, 8
 
 
 class Scheduler:
@@ -55,7 +53,8 @@ class Scheduler:
         self._pace = Pace()
         self._step_cost = StepCost()
         self._planned_at = 0.0
-        self._allowance = GENERATED_WEIGHT * limits.context_length  # the longest row costs no more
+        # the longest row costs no more
+        self._allowance = GENERATED_WEIGHT * limits.context_length + limits.source_slots
         self._eos_ids = eos_ids
         self._clock = clock
 
@@ -92,21 +91,22 @@ class Scheduler:
         self._bring_preloads()
         self._let_in()
         rows = self._decode_rows()
-        prompts = [sequence for sequence in self.running if sequence.remaining > 1]
-        budget = self._prompt_budget(len(rows), prompts)
+        unread = [sequence for sequence in self.running if sequence.is_unread]
+        prompts = [sequence for sequence in self.running if sequence.remaining > 1 and not sequence.is_unread]
+        budget = self._step_cost.prompt_budget(self.limits.step_tokens, len(rows), len(prompts) + len(self.waiting))
         # a single prompt does not hold up those behind it, however long it is
-        beside = self._admit(budget // 2) if len(prompts) == 1 else []
+        beside = self._admit(budget // 2, unread) if len(prompts) == 1 else []
         budget -= _tokens(beside)
         shares = fairness.share_out(budget, prompts)
         chunks = [row for sequence, count in shares for row in self._rows(sequence, count)]
-        rows += chunks + beside + self._admit(budget - _tokens(chunks))
+        rows += chunks + beside + self._admit(budget - _tokens(chunks), unread, is_first=not chunks + beside)
         self._planned_at = self._clock()
         return StepPlan(self.space.take_transfers(), tuple(rows))
 
     def commit(self, plan: StepPlan, results: Iterable[RowResult]) -> list[TokenEvent]:
         """Applies what the rows of a plan produced, in the plan's order."""
         if plan.rows and not plan.transfers:
-            decoding = sum(row.sequence.remaining == 1 for row in plan.rows)
+            decoding = sum(row.sequence.is_decoding for row in plan.rows)
             prompt_tokens = _tokens(plan.rows) - decoding
             self._step_cost.note(decoding, prompt_tokens, self._clock() - self._planned_at)
         events = [self._commit_rows(*found) for found in outcome.by_sequence(plan.rows, results)]
@@ -135,14 +135,6 @@ class Scheduler:
         assert len(in_flight) == len(self._sequences), "a sequence is in two places"
         assert all(s.extent is None and s.resident is None for s in self.waiting), "a waiting sequence holds slots"
 
-    def _prompt_budget(self, decoding: int, prompts: list[Sequence]) -> int:
-        """Tokens of this step for prompts: all that there is room for, or as few as those who decode can bear."""
-        budget = self.limits.step_tokens - decoding
-        bearable = self._step_cost.bearable(decoding) if decoding else None
-        if bearable is None:
-            return budget
-        return min(budget, max(LEAST_CHUNK, bearable, CHUNK_EACH * (len(prompts) + len(self.waiting))))
-
     def _bring_preloads(self) -> None:
         while not self.space.bring():
             if self.running:
@@ -160,18 +152,28 @@ class Scheduler:
         rows = fairness.rows_by_tenant(self.running)
         return len(rows) < len(self.running) or any(line.tenant in rows for line in self.waiting.lines)
 
-    def _admit(self, budget: int) -> list[Row]:
+    def _admit(self, budget: int, unread: list[Sequence], *, is_first: bool = False) -> list[Row]:
+        """Rows that begin: those that were let in and are `unread`, which are taken from the list, then whoever waits.
+
+        A source is read whole: one that is longer than the budget is only taken if it `is_first`, and none beside it.
+        """
         rows: list[Row] = []
-        while budget > 0 and (sequence := self._admit_next()):
-            rows += (chunk := self._rows(sequence, min(budget, sequence.remaining)))
+        while budget > 0:
+            most = math.inf if is_first and not rows else budget
+            sequence = unread[0] if unread else self._admit_next(most)
+            if sequence is None or sequence.source_length >= most:
+                break
+            del unread[:1]
+            count = max(1, min(budget - sequence.source_length, sequence.remaining))
+            rows += (chunk := self._rows(sequence, count))
             budget -= _tokens(chunk)
         return rows
 
-    def _admit_next(self) -> Sequence | None:
+    def _admit_next(self, most: float) -> Sequence | None:
         if self._rows_taken() == self.limits.most_rows:
             return None
-        entitled, others = self._turns()
-        return self._admit_first([*entitled, *others], self._place)
+        lines = [line for turn in self._turns() for line in turn if line.first.source_length < most]
+        return self._admit_first(lines, self._place)
 
     def _turns(self) -> tuple[list[Line], list[Line]]:
         return fairness.turns(self.waiting.lines, self.running, self.service, self._allowance)
@@ -220,7 +222,7 @@ class Scheduler:
     def _decode_rows(self) -> list[Row]:
         rows: list[Row] = []
         for sequence in list(self.running):
-            if sequence.remaining == 1 and sequence in self.running and self._make_room(sequence):
+            if sequence.is_decoding and sequence in self.running and self._make_room(sequence):
                 rows += self._rows(sequence, 1)
         return rows
 
@@ -278,7 +280,7 @@ class Scheduler:
 
 
 def _tokens(rows: Iterable[Row]) -> int:
-    return sum(row.count for row in rows)
+    return sum(row.cost for row in rows)
 
 
 def _size(sequence: Sequence) -> int:

@@ -15,7 +15,7 @@ _MASK = 2**64 - 1
 
 @dataclass(eq=False)
 class Sequence:
-    """A request in flight. `computed` of `tokens` have their keys and values in `extent`.
+    """A request in flight. `computed` of `tokens` have their keys and values in `extent`, its source's are in `source`.
 
     Invariant while running: `computed < len(tokens)` between steps, because the last sampled token has not been
     through the model yet. `matcher`, opaque here, is how far the answer has come in the request's grammar.
@@ -27,6 +27,7 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
     extent: Extent | None = None
+    source: Extent | None = None
     resident: Resident | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs_sent: bool = False
@@ -48,8 +49,33 @@ class Sequence:
 
     @property
     def prompt_length(self) -> int:
-        """Tokens that the request brought."""
+        """Tokens that the answer begins with, which the request brought."""
         return len(self.request.prompt_ids)
+
+    @property
+    def source_length(self) -> int:
+        """Tokens that an encoder reads for it; 0 where the model has none."""
+        return self.request.source_length
+
+    @property
+    def extents(self) -> list[Extent]:
+        """The slots that it holds."""
+        return [extent for extent in (self.extent, self.source) if extent is not None]
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether the encoder has yet to read its source, which it does whole, with the first of `tokens`."""
+        return self.computed == 0 and self.source_length > 0
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether one token through the model gives the next."""
+        return self.remaining == 1 and not self.is_unread
+
+    @property
+    def read(self) -> int:
+        """Tokens of the source and of the prompt that have been computed."""
+        return min(self.computed, self.prompt_length) + (self.source_length if self.computed else 0)
 
     @property
     def generated(self) -> int:
@@ -73,21 +99,29 @@ class Sequence:
 
     @property
     def forbidden(self) -> frozenset[int]:
-        """Token ids that may not come next: those that would end the answer before `min_tokens`.
+        """Token ids that may not come next: the model's banned ones, and what would end the answer before `min_tokens`.
 
         Under a grammar and `ignore_eos` also the model's own at any time. Both hold only while the grammar goes on.
         """
-        params = self.request.params
+        params, banned = self.request.params, self.request.banned_ids
         if self.generated < params.min_tokens:
-            return self.end_ids
+            return self.end_ids | banned
         ignored = params.ignore_eos and self.request.grammar is not None
-        return self.eos_ids - params.stop_token_ids if ignored else frozenset()
+        return self.eos_ids - params.stop_token_ids | banned if ignored else banned
+
+    @property
+    def forced(self) -> int | None:
+        """The one token that may come next, if it is the last and the model has a rule for that."""
+        params = self.request.params
+        is_last = self.generated + 1 >= params.max_tokens
+        return self.request.last_id if is_last and not params.ignore_eos and self.request.grammar is None else None
 
     @property
     def is_adjusted(self) -> bool:
         """Whether the next token is chosen by other logits than the model's own."""
-        params = self.request.params
-        return bool(params.penalises or params.logit_bias or self.forbidden or self.request.grammar is not None)
+        request, params = self.request, self.request.params
+        rules = self.forbidden or self.forced is not None or request.grammar is not None
+        return bool(params.penalises or params.logit_bias or rules)
 
     def occurrences(self) -> Mapping[int, int]:
         """How often each token stands in the answer; one of the prompt alone is there, as 0, if it is penalised too.

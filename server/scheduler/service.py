@@ -36,14 +36,14 @@ class Service:
     def charge(self, sequence: Sequence, *, sampled: int) -> None:
         """Counts a step of a sequence: its prompt tokens up to `computed`, and so many tokens sampled."""
         charged = self._charged.get(sequence, 0)
-        computed = max(charged, min(sequence.computed, sequence.prompt_length))
+        computed = max(charged, sequence.read)
         self._charged[sequence] = computed
         weighted = PROMPT_WEIGHT * (computed - charged) + GENERATED_WEIGHT * sampled
         self._received[sequence.request.tenant] += weighted
 
     def owed(self, sequence: Sequence) -> int:
         """What a sequence will still be charged before its first token."""
-        return PROMPT_WEIGHT * (sequence.prompt_length - self._charged.get(sequence, 0))
+        return PROMPT_WEIGHT * (sequence.source_length + sequence.prompt_length - self._charged.get(sequence, 0))
 
     def settle(self, sequence: Sequence) -> None:
         """Forgets a sequence that has ended; its tenant's counter stays."""
@@ -53,8 +53,5 @@ class Service:
         """Raises AssertionError unless what was charged is at least what has been computed, of sequences in flight."""
         assert self._charged.keys() <= set(in_flight), "an ended sequence is still on the books"
         for sequence in in_flight:
-            computed = min(sequence.computed, sequence.prompt_length)
-            charged = self._charged.get(sequence, 0)
-            assert computed <= charged <= sequence.prompt_length, (
-                f"{charged} prompt tokens charged, {computed} computed"
-            )
+            charged, most = self._charged.get(sequence, 0), sequence.source_length + sequence.prompt_length
+            assert sequence.read <= charged <= most, f"{charged} prompt tokens charged, {sequence.read} computed"

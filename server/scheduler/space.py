@@ -43,7 +43,7 @@ class Space:
     def bring(self) -> bool:
         """Brings in what is to be preloaded; False if there is no room for all of it."""
         for payload in self.preloads.missing:
-            if payload.digest not in self.residency:
+            if payload.slots and payload.digest not in self.residency:
                 extent = self._allocate(payload.slots, high=True)
                 if extent is None:
                     return False
@@ -62,19 +62,20 @@ class Space:
         assert there_is_room, "more is preloaded than may be"
 
     def place(self, sequence: Sequence, size: int) -> bool:
-        """Finds `size` own slots for a sequence, and its prefix's; False, with nothing held, if there are none."""
+        """Finds `size` own slots for a sequence, its source's and its prefix's; False, with nothing held, without."""
         payload = sequence.request.prefix
-        resident = self._pin(payload) if payload is not None else None
-        if payload is not None and resident is None:
+        if payload is not None and payload.slots:
+            sequence.resident = self._pin(payload)
+            if sequence.resident is None:
+                return False
+        sequence.extent = self._allocate(size)
+        if sequence.extent is not None and sequence.source_length:
+            sequence.source = self._allocate(sequence.source_length)
+        if sequence.extent is None or (sequence.source is None and sequence.source_length):
+            self.vacate(sequence)
             return False
-        extent = self._allocate(size)
-        if extent is None:
-            if resident is not None:
-                self.residency.unpin(resident)
-            return False
-        sequence.resident, sequence.extent = resident, extent
-        if resident is not None:
-            self.residency.count_start(resident)
+        if sequence.resident is not None:
+            self.residency.count_start(sequence.resident)
         return True
 
     def grow(self, sequence: Sequence) -> bool:
@@ -99,40 +100,44 @@ class Space:
 
     def vacate(self, sequence: Sequence) -> None:
         """Gives a sequence's slots back and lets go of its prefix."""
-        if sequence.extent is not None:
-            self.slots.release(sequence.extent)
+        for extent in sequence.extents:
+            self.slots.release(extent)
         if sequence.resident is not None:
             self.residency.unpin(sequence.resident)
-        sequence.extent = sequence.resident = None
+        sequence.extent = sequence.source = sequence.resident = None
 
     def would_fit(self, sequence: Sequence, size: int, leaving: Iterable[Sequence]) -> bool:
         """Whether a sequence and its prefix fit side by side for sure once others have left and idle prefixes too."""
         own = self._missing(sequence)
         digest = sequence.request.prefix.digest if sequence.request.prefix is not None else None
         readers = Counter(other.resident.payload.digest for other in leaving if other.resident is not None)
-        freed = [other.extent for other in leaving if other.extent is not None]
+        freed = [extent for other in leaving for extent in other.extents]
         for resident in self.residency.residents():
             other = resident.payload.digest
             if other != digest and other not in self.preloads and resident.pins == readers[other]:
                 freed.append(resident.extent)
-        return self.slots.longest_run(freed) >= own + size
+        return self.slots.longest_run(freed) >= own + sequence.source_length + size
 
     def make_run(self, sequence: Sequence, size: int) -> None:
         """Evicts idle prefixes until there is one free run for what `would_fit`; then `place` cannot fail."""
-        if missing := self._missing(sequence):
-            there_is_room = self.residency.evict(missing + size)
+        if beside := self._missing(sequence) + sequence.source_length:
+            there_is_room = self.residency.evict(beside + size)
             assert there_is_room, "it was said to fit"
 
     def check_integrity(self, readers: list[Sequence]) -> None:
         """Raises AssertionError unless every slot is free or held by exactly one owner, and pins equal readers."""
         self.slots.check_integrity()
         residents = self.residency.residents()
-        owners = [reader.extent.size for reader in readers if reader.extent] + [r.extent.size for r in residents]
+        owners = [extent.size for reader in readers for extent in reader.extents]
+        owners += [resident.extent.size for resident in residents]
         assert sum(owners) == self.slots.used, "slots are held that nobody owns"
         for resident in residents:
             assert resident.extent.size == resident.payload.slots, "a prefix has not the room it takes"
             pins = sum(reader.resident is resident for reader in readers)
             assert resident.pins == pins, f"{resident.pins} pins, {pins} readers"
+        for reader in readers:
+            length = reader.source.size if reader.source is not None else 0
+            assert length == reader.source_length, "a source has not the room it takes"
         assert self.preloads.slots <= self.preloads.most, "more is preloaded than may be"
 
     def _missing(self, sequence: Sequence) -> int:

@@ -16,6 +16,9 @@ WEIGHT = 0.1
 ADDED = 0.7
 # A step slower than so many times what was expected counts as that: something else held the machine.
 OUTLIER = 4.0
+# While others decode, prompts get at least so many tokens of a step, and so many for each of them: where many have
+# piled up, all in all they are done sooner by long steps than by short ones.
+LEAST_CHUNK, CHUNK_EACH = 16, 8
 
 
 @dataclass
@@ -54,6 +57,14 @@ class StepCost:
         elif (each := self._each()) is not None:
             added = min(added, OUTLIER * each * prompt_tokens)
         self._added.add(prompt_tokens, added)
+
+    def prompt_budget(self, step_tokens: int, decoding: int, prompts: int) -> int:
+        """Tokens of a step for prompts: all that there is room for, or as few as those who decode can bear."""
+        budget = step_tokens - decoding
+        bearable = self.bearable(decoding) if decoding else None
+        if bearable is None:
+            return budget
+        return min(budget, max(LEAST_CHUNK, bearable, CHUNK_EACH * prompts))
 
     def bearable(self, decoding: int) -> int | None:
         """Prompt tokens that add ADDED to a step of so many rows; None as long as nobody can tell."""

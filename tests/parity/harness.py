@@ -43,13 +43,14 @@ def backends() -> list[ParameterSet | str]:
 
 @dataclass(frozen=True)
 class Case:
-    """A greedy request and the step at which it arrives."""
+    """A greedy request and the step at which it arrives; an encoder-decoder model's has a `source`."""
 
     prompt: tuple[int, ...]
     kv: torch.Tensor | None
     new: int
     arrives: int = 0
     name: str = ""
+    source: tuple[int, ...] = ()
 
 
 class Recorder:
@@ -98,7 +99,7 @@ def memory_payload(model: FrozenModel, memory: torch.Tensor, digest: str, featur
 
 def request(name: str, case: Case, prefix: PrefixPayload | None) -> GenerationRequest:
     params = SamplingParams(max_tokens=case.new, temperature=0.0, ignore_eos=True)
-    return GenerationRequest(name, "default", case.prompt, params, prefix)
+    return GenerationRequest(name, "default", case.prompt, params, prefix, source_ids=case.source)
 
 
 def run_mixed(engine: Engine, cases: Sequence[Case], prefixes: Sequence[PrefixPayload | None]) -> dict[str, list[int]]:

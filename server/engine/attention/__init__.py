@@ -16,9 +16,9 @@ import torch
 from transformers import AttentionInterface
 
 from prefix_store.errors import ModelUnsupported
-from prefix_store.model import arguments
+from prefix_store.geometry import Stack
+from prefix_store.model import arguments, sites
 from server.engine.attention import cpu, memory, native, plain, segments
-from server.engine.kv_pool import KVPool
 
 NAME = "antefix"
 BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
@@ -30,18 +30,32 @@ _NO_WINDOW = 0
 
 
 @dataclass(frozen=True)
+class StackStep:
+    """What a step's attention needs in one stack; `keys` and `values` `[L, S, Hkv, D]` are the stack's pool.
+
+    `slots` `[T]`: where the key and the value of each packed token go; without any, they are written nowhere. `work`:
+    one `[n, 8]` integer tensor for each sliding window in the model, 0 standing for none. `memories`: a `[m, 4]` one,
+    or None where no row has a memory. `bias`: of relative positions, see `plain.relative`.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    slots: torch.Tensor
+    work: Mapping[int, torch.Tensor]
+    memories: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class StepContext:
     """What a step's attention needs; rides through the model as the keyword argument `antefix`.
 
-    `slots` `[T]`: where each packed token's key and value go. `work`: one `[n, 8]` integer tensor for each sliding
-    window in the model, 0 standing for none. `memories`: a `[m, 4]` one, or None where no row has a memory.
+    `is_relative`: the model's positions are the stacks' biases, and those that it makes itself are of no account.
     """
 
-    pool: KVPool
-    slots: torch.Tensor
-    work: Mapping[int, torch.Tensor]
+    stacks: Mapping[Stack, StackStep]
     backend: str
-    memories: torch.Tensor | None = None
+    is_relative: bool = False
 
 
 def attention(
@@ -54,6 +68,7 @@ def attention(
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    position_bias: torch.Tensor | None = None,
     antefix: StepContext,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -65,17 +80,20 @@ def attention(
         raise ModelUnsupported("the model insists on an attention mask of its own")
     if unknown := arguments.strange(others):
         raise ModelUnsupported(f"the model's attention uses {', '.join(unknown)}, which cannot be served yet")
-    window = sliding_window or _NO_WINDOW
-    layer: int = module.layer_idx  # type: ignore[assignment]
+    if position_bias is not None and not antefix.is_relative:
+        raise ModelUnsupported("the model's attention uses position_bias, which cannot be served yet")
+    window, site = sliding_window or _NO_WINDOW, sites.of(module)
+    step = antefix.stacks[site.stack]
     output = torch.ops.antefix.attend(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        antefix.pool.keys[layer],
-        antefix.pool.values[layer],
-        antefix.slots,
-        antefix.work[window],
-        antefix.memories,
+        step.keys[site.layer],
+        step.values[site.layer],
+        step.slots,
+        step.work[window],
+        step.memories,
+        step.bias,
         window,
         scaling,
         softcap or 0.0,
@@ -93,15 +111,17 @@ def _attend(
     slots: torch.Tensor,
     work: torch.Tensor,
     memories: torch.Tensor | None,
+    bias: torch.Tensor | None,
     window: int,
     scale: float,
     softcap: float,
     backend: str,
 ) -> torch.Tensor:
     """Writes the step's keys and values into the pool, then attends, then adds memories; `[T, Hq, D]`."""
-    keys.index_copy_(0, slots, key.to(keys.dtype))
-    values.index_copy_(0, slots, value.to(values.dtype))
-    output = BACKENDS[backend](query, keys, values, work, window=window, scale=scale, softcap=softcap)
+    if len(slots):
+        keys.index_copy_(0, slots, key.to(keys.dtype))
+        values.index_copy_(0, slots, value.to(values.dtype))
+    output = BACKENDS[backend](query, keys, values, work, window=window, scale=scale, softcap=softcap, bias=bias)
     if memories is not None:
         memory.add(output, query, keys, values, memories)
     return output
@@ -114,7 +134,7 @@ def _attend_shape(query: torch.Tensor, *_: Any) -> torch.Tensor:
 _library = torch.library.Library("antefix", "DEF")
 _library.define(
     "attend(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor work, "
-    "Tensor? memories, int window, float scale, float softcap, str backend) -> Tensor"
+    "Tensor? memories, Tensor? bias, int window, float scale, float softcap, str backend) -> Tensor"
 )
 _library.impl("attend", _attend, "CompositeExplicitAutograd")
 torch.library.register_fake("antefix::attend", _attend_shape, lib=_library)

@@ -20,20 +20,21 @@ def attend_item(
     window: int,
     scale: float,
     softcap: float,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `plain.attend_item`, which takes over what the kernel has no notion of: soft-caps and unseeing queries."""
     unseeing = item.mask is Mask.WINDOW and item.part is Part.PREFIX
     if softcap or unseeing:
-        return plain.attend_item(query, key, value, item, window=window, scale=scale, softcap=softcap)
+        return plain.attend_item(query, key, value, item, window=window, scale=scale, softcap=softcap, bias=bias)
     group = query.shape[1] // key.shape[1]
-    if group > 1 and item.mask is Mask.FULL:
+    if group > 1 and item.mask is Mask.FULL and bias is None:
         return _grouped(query, key, value, group, scale)
     k, v = key.transpose(0, 1)[None], value.transpose(0, 1)[None]
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    square = item.mask is Mask.CAUSAL and query.shape[0] == key.shape[0]
-    bias = None if square else _bias(item, window, query.dtype)
-    output, total = _flash(query.transpose(0, 1)[None], k, v, 0.0, square, attn_mask=bias, scale=scale)
+    square = item.mask is Mask.CAUSAL and query.shape[0] == key.shape[0] and bias is None
+    added = None if square else _added(item, window, query.dtype, bias)
+    output, total = _flash(query.transpose(0, 1)[None], k, v, 0.0, square, attn_mask=added, scale=scale)
     return output[0].transpose(0, 1), total[0].transpose(0, 1)
 
 
@@ -49,6 +50,10 @@ def _grouped(
     return output, total.view(kv_heads, count, group).transpose(0, 1).reshape(count, query_heads)
 
 
-def _bias(item: WorkItem, window: int, dtype: torch.dtype) -> torch.Tensor | None:
+def _added(item: WorkItem, window: int, dtype: torch.dtype, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """What is added to scores, `[n, m]` or `[1, Hq, n, m]`."""
     mask = plain.visible(item, window, torch.device("cpu"))
+    if bias is not None:
+        added = plain.relative(item, bias).to(dtype)[None]
+        return added if mask is None else added.masked_fill_(~mask, -torch.inf)
     return None if mask is None else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)

@@ -31,8 +31,13 @@ def attend(
     window: int,
     scale: float,
     softcap: float,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `segments.attend`. Raises RuntimeError where `is_available` is false."""
+    """As `segments.attend`; `cpu` takes over what has a bias. Raises RuntimeError where `is_available` is false."""
+    if bias is not None:
+        return segments.attend(
+            cpu.attend_item, query, keys, values, work, window=window, scale=scale, softcap=softcap, bias=bias
+        )
     library = _library()
     if library is None:
         raise RuntimeError("there is no native attention on this machine")

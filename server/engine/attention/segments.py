@@ -26,6 +26,7 @@ class AttendItem(Protocol):
         window: int,
         scale: float,
         softcap: float,
+        bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Output `[n, Hq, D]` and log-sum-exp `[n, Hq]`."""
 
@@ -40,6 +41,7 @@ def attend(
     window: int,
     scale: float,
     softcap: float,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of packed queries `[T, Hq, D]` over one layer's pool `[S, Hkv, D]`; returns `[T, Hq, D]`.
 
@@ -51,7 +53,7 @@ def attend(
     prefix_output, prefix_lse = torch.zeros_like(query), torch.full_like(lse, -torch.inf)
     targets = {Part.OWN: (output, lse), Part.PREFIX: (prefix_output, prefix_lse)}
     for item in WorkItem.read(work.tolist()):
-        fill(targets, attend_item, query, keys, values, item, window=window, scale=scale, softcap=softcap)
+        fill(targets, attend_item, query, keys, values, item, window=window, scale=scale, softcap=softcap, bias=bias)
     return merge(output, lse, prefix_output, prefix_lse)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
+from prefix_store.geometry import Stack
 from server.scheduler.plan import Row
 from server.scheduler.slots import Extent
 
@@ -57,22 +58,46 @@ class WorkItem:
         return [cls(Part(line[0]), Mask(line[1]), *line[2:]) for line in lines]
 
 
-def work_items(rows: Sequence[Row], window: int | None) -> list[WorkItem]:
+def work_items(rows: Sequence[Row], window: int | None, *, relative: bool = False) -> list[WorkItem]:
     """The items of packed `rows` for layers with this sliding window (None: they see everything).
 
-    Rows that share a prefix should be neighbours: then it is read once for all of them.
+    Rows that share a prefix should be neighbours: then it is read once for all of them, unless positions are `relative`
+    so that each sees it from a place of its own.
     """
     own: list[WorkItem] = []
     prefixes: list[WorkItem] = []
     q_lo = 0
     for row in rows:
         own.append(_own(row, q_lo, window))
-        prefix = _prefix(row, q_lo, window)
-        if prefix is not None and prefixes and _continues(prefixes[-1], prefix):
-            prefixes[-1] = replace(prefixes[-1], q_hi=prefix.q_hi)
-        elif prefix is not None:
-            prefixes.append(prefix)
+        _add(prefixes, _prefix(row, q_lo, window), relative)
         q_lo += row.count
+    return own + prefixes
+
+
+def cross_items(rows: Sequence[Row]) -> list[WorkItem]:
+    """The items of the cross-attention of packed `rows`, which see their sources whole; places are of no account."""
+    own: list[WorkItem] = []
+    prefixes: list[WorkItem] = []
+    q_lo = 0
+    for row in rows:
+        q_hi = q_lo + row.count
+        own.append(_full(Part.OWN, q_lo, q_hi, row.sequence.source))
+        _add(prefixes, _prefix_of(row, Stack.CROSS, q_lo, q_hi, 0), relative=False)
+        q_lo = q_hi
+    return own + prefixes
+
+
+def encoder_items(rows: Sequence[Row], *, relative: bool = False) -> list[WorkItem]:
+    """The items of the encoder's pass over the packed sources of `rows`, each of which sees the whole of its own."""
+    own: list[WorkItem] = []
+    prefixes: list[WorkItem] = []
+    q_lo = 0
+    for row in rows:
+        q_hi = q_lo + row.sequence.source_length
+        own.append(_full(Part.OWN, q_lo, q_hi, row.sequence.source))
+        length = row.sequence.resident.payload.virtual_tokens if row.sequence.resident is not None else 0
+        _add(prefixes, _prefix_of(row, Stack.ENCODER, q_lo, q_hi, length), relative)
+        q_lo = q_hi
     return own + prefixes
 
 
@@ -119,6 +144,25 @@ def _prefix(row: Row, q_lo: int, window: int | None) -> WorkItem | None:
     )
 
 
+def _full(part: Part, q_lo: int, q_hi: int, extent: Extent | None, q_pos: int = 0) -> WorkItem:
+    assert extent is not None
+    return WorkItem(part, Mask.FULL, q_lo, q_hi, extent.start, extent.end, q_pos, q_pos if part is Part.OWN else 0)
+
+
+def _prefix_of(row: Row, stack: Stack, q_lo: int, q_hi: int, q_pos: int) -> WorkItem | None:
+    """For queries that see a stack's prefix whole, the first of them at `q_pos`."""
+    resident = row.sequence.resident
+    extent = resident.extent_of(stack) if resident is not None else None
+    return None if extent is None else _full(Part.PREFIX, q_lo, q_hi, extent, q_pos)
+
+
+def _add(prefixes: list[WorkItem], item: WorkItem | None, relative: bool) -> None:
+    if item is not None and prefixes and not relative and _continues(prefixes[-1], item):
+        prefixes[-1] = replace(prefixes[-1], q_hi=item.q_hi)
+    elif item is not None:
+        prefixes.append(item)
+
+
 def _continues(last: WorkItem, item: WorkItem) -> bool:
     """Whether the item's queries adjoin the last one's and see the same slots, all of them."""
     same_slots = (last.kv_lo, last.kv_hi) == (item.kv_lo, item.kv_hi)
@@ -127,4 +171,5 @@ def _continues(last: WorkItem, item: WorkItem) -> bool:
 
 def _virtual(row: Row) -> int:
     resident = row.sequence.resident
-    return resident.payload.virtual_tokens if resident is not None else 0
+    extent = resident.extent_of(Stack.SELF) if resident is not None else None
+    return extent.size if extent is not None else 0

@@ -110,3 +110,13 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path):
 def test_a_device_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ModelUnsupported, match="sees no GPU"):
         frozen.load(save_tiny("llama", tmp_path), device="cuda")
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_an_answer_begins_and_ends_by_the_rules_of_the_generation_config(family):
+    model = tiny_frozen(family)
+    assert (model.start_ids, model.last_id, model.banned_ids) == ((model.start_id,), None, frozenset())
+    rules = {"forced_bos_token_id": 7, "forced_eos_token_id": [9, 4], "bad_words_ids": [[5], [6, 8]]}
+    model.model.generation_config.update(**rules)
+    assert (model.start_ids, model.last_id, model.banned_ids) == ((model.start_id, 7), 4, {5})
+    assert model.is_relative == (family == "t5")

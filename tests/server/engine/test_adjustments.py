@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers.generation.logits_process import (
+    ForcedEOSTokenLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
 )
@@ -134,3 +137,23 @@ def test_no_option_makes_a_number_no_number(logit, penalty):
         stop_token_ids=frozenset({5}),
     )
     assert not adjusted(logits, found).isnan().any()
+
+
+@pytest.mark.parametrize(("tokens", "forced"), [(5, False), (6, True)])
+def test_the_last_token_is_the_models_own_end_as_in_transformers(tokens, forced):
+    logits, made = random_logits(), sequence(max_tokens=6)
+    made.request = replace(made.request, last_id=7, banned_ids=frozenset({8, 9}))
+    made.tokens = [*PROMPT, *range(tokens - 1)]
+    ids = torch.tensor([made.tokens])
+    expected = NoBadWordsLogitsProcessor([[8], [9]], eos_token_id=torch.tensor([59]))(ids, logits)
+    expected = ForcedEOSTokenLogitsProcessor(len(PROMPT) + 6, 7)(ids, expected)
+    assert torch.equal(adjusted(logits, made), expected)
+    assert (int(adjusted(logits, made).isfinite().sum()) == 1) == forced
+    assert made.is_adjusted
+
+
+def test_who_wants_no_end_is_not_given_one():
+    made = sequence(max_tokens=5, ignore_eos=True)
+    made.request = replace(made.request, last_id=7)
+    made.tokens = [*PROMPT, 1, 2, 3, 4]
+    assert (made.forced, made.is_adjusted) == (None, False)

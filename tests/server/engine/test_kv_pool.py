@@ -1,12 +1,13 @@
 import pytest
 import torch
 
-from prefix_store.geometry import ModelGeometry
+from prefix_store.geometry import ModelGeometry, Stack
 from server.engine.kv_pool import KVPool, bytes_per_slot, memory_halves, memory_slots
 from server.scheduler.messages import PrefixPayload
 from server.scheduler.plan import Load, Move
 from server.scheduler.slots import Extent
 from tests.models import random_kv, random_memory, tiny_frozen
+from tests.parity.stacks import random_stacks
 
 
 def test_loads_and_moves_put_every_layer_in_place():
@@ -55,3 +56,20 @@ def test_bytes_per_slot_is_what_the_pool_takes():
     geometry = tiny_frozen("qwen3").geometry
     pool = KVPool(geometry, 10, dtype=torch.bfloat16, device=torch.device("cpu"))
     assert pool.keys.nbytes + pool.values.nbytes == 10 * bytes_per_slot(geometry, torch.bfloat16)
+
+
+def test_each_stack_of_a_prefix_goes_into_its_own_layers():
+    model = tiny_frozen("bart")
+    pool = KVPool(model.geometry, 30, dtype=torch.float32, device=torch.device("cpu"))
+    kv = random_stacks(model, tuple(Stack), 5, seed=0)
+    whole = PrefixPayload(
+        "p", 5, 5, True, kv[Stack.SELF], stacks=tuple(Stack), cross=kv[Stack.CROSS], encoder=kv[Stack.ENCODER]
+    )
+    pool.apply(Load(whole, Extent(3, 10)))
+    pool.apply(Load(PrefixPayload("c", 5, 0, True, None, stacks=(Stack.CROSS,), cross=kv[Stack.CROSS]), Extent(20, 5)))
+    for stack, first in ((Stack.SELF, 3), (Stack.CROSS, 8), (Stack.ENCODER, 3), (Stack.CROSS, 20)):
+        for index, numbers in enumerate(pool.of(stack)):
+            assert torch.equal(numbers[:, first : first + 5].transpose(1, 2), kv[stack][:, index])
+    assert pool.of(Stack.SELF)[0] is pool.of(Stack.CROSS)[0]
+    assert pool.of(Stack.ENCODER)[0].shape == (2, 30, 4, 12)
+    assert not pool.of(Stack.ENCODER)[0][:, 8:].any()

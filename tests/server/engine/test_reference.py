@@ -12,7 +12,7 @@ from server.engine.engine import Engine
 from server.engine.linear import PackedLinear
 from server.engine.siblings import Sibling
 from server.scheduler.scheduler import Limits
-from tests.models import FAMILIES, random_kv, tiny_frozen, tiny_model
+from tests.models import ENCODER_DECODERS, FAMILIES, random_kv, tiny_frozen, tiny_model
 
 LIMITS = Limits(slots=512, rows=4, step_tokens=32, context_length=128, waiting=4)
 IDS = torch.tensor([[5, 60, 7, 200, 31]])
@@ -34,6 +34,19 @@ def test_it_is_the_plain_model(family):
     assert (plain(IDS).logits - again).abs().max() > 1e-2
     assert served.model.config._attn_implementation == "antefix"
     assert torch.stack([p.sum() for p in served.model.parameters()]).sum() == before
+
+
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+@torch.no_grad()
+def test_it_is_the_plain_model_with_an_encoder_too(family):
+    served = tiny_frozen(family)
+    engine = Engine(served, LIMITS)
+    inputs = {"input_ids": IDS, "decoder_input_ids": IDS[:, :3]}
+    plain, expected = reference.plain(served).model, tiny_model(family)(**inputs).logits
+    assert (plain(**inputs).logits - expected).abs().max() < 1e-5
+    kinds = {type(module).__name__ for module in engine.runner.frozen.model.modules()}
+    assert "Selected" in kinds
+    assert not {"Selected", "Given", "PackedLinear"} & {type(module).__name__ for module in plain.modules()}
 
 
 def test_it_has_no_weight_of_its_own():

@@ -1,6 +1,7 @@
 import pytest
 
 from prefix_store.errors import ContextLengthExceeded, InvalidRequest
+from prefix_store.geometry import Stack
 from server.scheduler.limits import Limits, check_fits
 from server.scheduler.messages import PrefixPayload
 from tests.server.scheduler.traffic import make_request
@@ -29,3 +30,19 @@ def test_a_memory_takes_slots_and_no_context():
     small = Limits(slots=110, rows=8, step_tokens=32, context_length=100, waiting=50)
     with pytest.raises(InvalidRequest, match="needs 120 KV slots, this server has 110"):
         check_fits(make_request("a", "r", prompt=70, new=30, prefix=MEMORY), small)
+
+
+def test_a_source_has_a_context_of_its_own_and_takes_slots():
+    all_stacks = PrefixPayload("p", 20, 20, True, None, stacks=tuple(Stack))
+    check_fits(make_request("a", "r", prompt=1, new=79, prefix=PREFIX, source=50), LIMITS)
+    with pytest.raises(InvalidRequest, match="needs 170 KV slots, this server has 150"):
+        check_fits(make_request("a", "r", prompt=1, new=79, prefix=all_stacks, source=50), LIMITS)
+    with pytest.raises(ContextLengthExceeded, match="encoder reads at most 100 tokens; the request has 101, 0 of"):
+        check_fits(make_request("a", "r", prompt=1, source=101), LIMITS)
+
+
+def test_a_soft_prompt_counts_in_the_source_and_not_in_the_answer():
+    soft = PrefixPayload("p", 20, 0, True, None, is_embeds=True, stacks=())
+    check_fits(make_request("a", "r", prompt=1, new=69, prefix=soft, source=60), LIMITS)
+    with pytest.raises(ContextLengthExceeded, match="the request has 101, 20 of them the prefix's"):
+        check_fits(make_request("a", "r", prompt=1, prefix=soft, source=81), LIMITS)

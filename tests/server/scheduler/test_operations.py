@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from prefix_store.errors import Conflict, InvalidRequest, Overloaded
+from prefix_store.geometry import Stack
 from server.scheduler.limits import Limits
 from server.scheduler.messages import FinishReason, GenerationRequest, PrefixPayload
 from server.scheduler.plan import Candidate, RowResult
@@ -24,7 +25,22 @@ PREFIXES = [
 ]
 
 
+STACKED = [
+    None,
+    PrefixPayload("self", 6, 6, True, None),
+    PrefixPayload("all", 17, 0, True, None, stacks=tuple(Stack)),
+    PrefixPayload("cross", 30, 30, True, None, stacks=(Stack.CROSS,)),
+    PrefixPayload("encoder", 9, 0, True, None, stacks=(Stack.ENCODER,)),
+    PrefixPayload("soft", 5, 0, True, None, is_embeds=True, stacks=()),
+    PrefixPayload("memory", 0, 0, True, None, feature_map="elu", memory_slots=25),
+]
+
+
 class Operations(RuleBasedStateMachine):
+    """A decoder-only model's."""
+
+    prefixes, sources, beside = PREFIXES, [0], 0
+
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
@@ -41,7 +57,7 @@ class Operations(RuleBasedStateMachine):
     def start(self, slots: int, rows: int, step_tokens: int, waiting: int, headroom: int) -> None:
         self.patch = mock.patch("server.scheduler.scheduler.HEADROOM", headroom)
         self.patch.start()
-        limits = Limits(slots, rows, step_tokens, 100, waiting, memory_slots=25)
+        limits = Limits(slots + self.beside, rows, step_tokens, 100, waiting, memory_slots=25, source_slots=self.beside)
         self.scheduler = Scheduler(limits, frozenset({EOS}), lambda: self.now)
 
     def teardown(self) -> None:
@@ -60,7 +76,8 @@ class Operations(RuleBasedStateMachine):
         tenant=st.sampled_from(TENANTS),
         prompt=st.integers(1, 40),
         new=st.integers(1, 25),
-        prefix=st.sampled_from(PREFIXES),
+        prefix=st.integers(0, 6),
+        source=st.integers(0, 99),
         lasts=st.none() | st.integers(1, 20),
         times=st.sampled_from([1, 1, 5]),
         beams=st.sampled_from([1, 1, 1, 2, 3, 6]),
@@ -70,16 +87,25 @@ class Operations(RuleBasedStateMachine):
         tenant: str,
         prompt: int,
         new: int,
-        prefix: PrefixPayload | None,
+        prefix: int,
+        source: int,
         lasts: int | None,
         times: int,
         beams: int,
     ) -> None:
+        length = self.sources[source % len(self.sources)]
         for _ in range(times):
             name = f"{self.made}"
             deadline = self.now + lasts if lasts is not None else None
-            params = SamplingParams(max_tokens=new, num_beams=beams)
-            request = GenerationRequest(name, tenant, tuple(range(prompt)), params, prefix, deadline)
+            request = GenerationRequest(
+                name,
+                tenant,
+                tuple(range(prompt)),
+                SamplingParams(max_tokens=new, num_beams=beams),
+                self.prefixes[prefix],
+                deadline,
+                source_ids=tuple(range(length)),
+            )
             waiting = [sequence.request.tenant for sequence in self.scheduler.waiting]
             self.made += 1
             try:
@@ -90,7 +116,8 @@ class Operations(RuleBasedStateMachine):
                 assert tenant in waiting, "refused because of others"
             except InvalidRequest:
                 limits = self.scheduler.limits
-                needed = beams * (prompt + new) + (prefix.slots if prefix is not None else 0)
+                shared = request.source_length + (request.prefix.slots if request.prefix is not None else 0)
+                needed = beams * (prompt + new) + shared
                 assert beams > min(limits.rows, limits.step_tokens) or needed > limits.slots - limits.preloadable
 
     @rule(unlucky=st.sets(st.integers(0, 7), max_size=2))
@@ -100,11 +127,18 @@ class Operations(RuleBasedStateMachine):
         plan = self.scheduler.schedule()
         assert bool(plan.rows) == bool(self.unanswered)
         assert not self.scheduler.space.preloads.missing
-        assert sum(row.count for row in plan.rows) <= self.scheduler.limits.step_tokens
+        self.check_tokens(plan.rows)
         assert len({row.sequence for row in plan.rows}) == len(plan.rows)
         assert all(row.sequence.owner in self.scheduler.running and row.count > 0 for row in plan.rows)
         assert all(row.start + row.count <= row.sequence.extent.size for row in plan.rows)
         self.answer(self.scheduler.commit(plan, [self.result(row, i, unlucky) for i, row in enumerate(plan.rows)]))
+
+    def check_tokens(self, rows) -> None:
+        """Those that are read too, unless it is one source that takes more than there are."""
+        most, reading = self.scheduler.limits.step_tokens, [row for row in rows if row.encodes]
+        assert sum(row.count for row in rows) <= most
+        assert sum(row.cost for row in rows) <= most or len(reading) == 1
+        assert all(row.start == 0 and row.sequence.source.size == row.sequence.source_length for row in reading)
 
     @rule(index=st.integers(0, 200))
     def abort(self, index: int) -> None:
@@ -112,17 +146,17 @@ class Operations(RuleBasedStateMachine):
         assert (event is not None) == (f"{index}" in self.unanswered)
         self.answer([event] if event is not None else [])
 
-    @rule(prefix=st.sampled_from(PREFIXES[1:]), holder=st.sampled_from(TENANTS))
-    def preload(self, prefix: PrefixPayload, holder: str) -> None:
+    @rule(prefix=st.integers(1, 6), holder=st.sampled_from(TENANTS))
+    def preload(self, prefix: int, holder: str) -> None:
         space = self.scheduler.space
         try:
-            space.preload(prefix, holder)
+            space.preload(self.prefixes[prefix], holder)
         except (Conflict, InvalidRequest):
-            assert space.preloads.slots + prefix.slots > self.scheduler.limits.preloadable
+            assert space.preloads.slots + self.prefixes[prefix].slots > self.scheduler.limits.preloadable
 
-    @rule(prefix=st.sampled_from(PREFIXES[1:]), holder=st.sampled_from(TENANTS))
-    def release(self, prefix: PrefixPayload, holder: str) -> None:
-        self.scheduler.space.release(prefix.digest, holder)
+    @rule(prefix=st.integers(1, 6), holder=st.sampled_from(TENANTS))
+    def release(self, prefix: int, holder: str) -> None:
+        self.scheduler.space.release(self.prefixes[prefix].digest, holder)
 
     @precondition(lambda self: self.made > 20)
     @rule()
@@ -161,7 +195,14 @@ class Operations(RuleBasedStateMachine):
                 self.unanswered.remove(event.request_id)
 
 
+class SourceOperations(Operations):
+    """An encoder-decoder model's."""
+
+    prefixes, sources, beside = STACKED, [1, 4, 17, 60], 60 + 5 + 30
+
+
+SETTINGS = settings(max_examples=60, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck))
 TestOperations = Operations.TestCase
-TestOperations.settings = settings(
-    max_examples=60, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
-)
+TestOperations.settings = SETTINGS
+TestSourceOperations = SourceOperations.TestCase
+TestSourceOperations.settings = SETTINGS

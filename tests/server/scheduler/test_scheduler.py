@@ -10,6 +10,7 @@ from server.scheduler.messages import FinishReason, GenerationRequest, PrefixPay
 from server.scheduler.plan import Load, Move, RowResult, StepPlan
 from server.scheduler.sampling_params import SamplingParams
 from server.scheduler.scheduler import Limits, Scheduler
+from server.scheduler.service import GENERATED_WEIGHT
 
 EOS = 1
 
@@ -285,3 +286,49 @@ def test_every_row_reads_its_own_slots_under_random_traffic(seed, monkeypatch):
         if step >= 120 and not scheduler.running and not scheduler.waiting:
             break
     assert got == wanted
+
+
+def read(scheduler: Scheduler) -> list[tuple[str, int]]:
+    """Which sources one step reads, and how many tokens it takes."""
+    plan = scheduler.schedule()
+    scheduler.commit(plan, [RowResult(7 if row.samples else None) for row in plan.rows])
+    scheduler.check_integrity()
+    return [(row.sequence.request.id, row.sequence.source_length) for row in plan.rows if row.start == 0]
+
+
+def test_sources_are_read_whole_as_many_as_a_step_has_room_for():
+    scheduler = make(step_tokens=20, slots=400)
+    for name, length in (("a", 8), ("b", 9), ("c", 8), ("d", 50), ("e", 2)):
+        scheduler.add(request(name, prompt=1, new=9, source_ids=(5,) * length), seed=0)
+    # a token of the answer comes with each; one source that is longer than a step is read beside rows that decode
+    assert read(scheduler) == [("a", 8), ("b", 9)]
+    assert read(scheduler) == [("c", 8)]
+    assert read(scheduler) == [("d", 50)]
+    assert read(scheduler) == [("e", 2)]
+    assert read(scheduler) == []
+    drain(scheduler)
+    assert scheduler.slots.used == 0
+
+
+def test_a_source_is_charged_once_as_a_prompt_is():
+    scheduler = make()
+    scheduler.add(request("a", prompt=1, new=2, source_ids=(5,) * 12), seed=0)
+    plan = scheduler.schedule()
+    (row,) = plan.rows
+    assert (row.count, row.cost, scheduler.service.owed(row.sequence)) == (1, 13, 13)
+    scheduler.commit(plan, [RowResult(7)])
+    assert scheduler.service.received("t") == 13 + GENERATED_WEIGHT
+    assert scheduler.service.owed(row.sequence) == 0
+    scheduler._preempt(row.sequence)
+    assert row.sequence.is_unread
+    scheduler.check_integrity()
+    (row,) = scheduler.schedule().rows
+    assert (row.count, row.cost, row.encodes) == (2, 14, True)  # it is read again, with what was answered so far
+
+
+def test_an_answer_cut_short_ends_with_the_models_own_end_which_nobody_sees():
+    scheduler = make()
+    scheduler.add(request("a", new=3, last_id=EOS), seed=0)
+    events = [*run(scheduler), *run(scheduler), *run(scheduler, token=EOS)]
+    assert [event.token_ids for event in events] == [(7,), (7,), ()]
+    assert events[-1].finish_reason is FinishReason.LENGTH

@@ -24,10 +24,16 @@ def make_scheduler(**limits: int) -> Scheduler:
 
 
 def make_request(
-    tenant: str, name: str, prompt: int = 4, new: int = 3, prefix: PrefixPayload | None = None, beams: int = 1
+    tenant: str,
+    name: str,
+    prompt: int = 4,
+    new: int = 3,
+    prefix: PrefixPayload | None = None,
+    source: int = 0,
+    beams: int = 1,
 ) -> GenerationRequest:
-    params = SamplingParams(max_tokens=new, num_beams=beams)
-    return GenerationRequest(name, tenant, tuple(range(prompt)), params, prefix)
+    params, source_ids = SamplingParams(max_tokens=new, num_beams=beams), tuple(range(source))
+    return GenerationRequest(name, tenant, tuple(range(prompt)), params, prefix, source_ids=source_ids)
 
 
 def make_sequence(tenant: str = "a", prompt: int = 4, new: int = 3, name: str = "r", beams: int = 1) -> Sequence:
