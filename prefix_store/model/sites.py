@@ -33,6 +33,12 @@ def of(module: torch.nn.Module) -> Site:
     return site or Site(Stack.SELF, module.layer_idx)  # type: ignore[arg-type]
 
 
+def stack_of(module: torch.nn.Module) -> Stack:
+    """The stack alone, which needs no layer: older families have no index of it."""
+    site: Site | None = vars(module).get(_MARK)
+    return site.stack if site is not None else Stack.SELF
+
+
 def mark(model: PreTrainedModel) -> None:
     """Notes its site on every attention module of an encoder-decoder model. Copies of the model keep it."""
     encoder = set(model.get_encoder().modules())

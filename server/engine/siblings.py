@@ -65,7 +65,7 @@ def _joined(module: Any) -> bool:
     found = [getattr(module, name, None) for name in NAMES]
     layers = [layer for layer in found if type(layer) is PackedLinear]
     # a cross-attention's queries come of another input than its keys and values
-    if len(layers) < len(NAMES) or sites.of(module).stack is Stack.CROSS:
+    if len(layers) < len(NAMES) or sites.stack_of(module) is Stack.CROSS:
         return False
     kinds = {(layer.inputs, layer.dtype, layer.bias_term is None) for layer in layers}
     if len(kinds) > 1:
