@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import pytest
-
 from prefix_store.store import Store
 from tests.prove import kill_worker
 from tests.prove.stores import at_hand
@@ -21,11 +19,9 @@ JOB = {
 }
 
 
-@pytest.mark.parametrize("kind", ["sqlite", pytest.param("redis", marks=pytest.mark.slow)])
-def test_a_sample_of_the_kills(kind: str) -> None:
-    if kind not in at_hand():
-        pytest.skip(f"no package brings a {kind} server for this machine")
-    measured = kill_worker.run(kills=2, kinds=[kind], steps=30)
+def test_a_sample_of_the_kills() -> None:
+    kind = "redis" if "redis" in at_hand() else "sqlite"  # where workers may be on several machines
+    measured = kill_worker.run(kills=2, kinds=[kind], steps=16)
     assert kill_worker.missed(measured) == []
     found = measured["kinds"][kind]
     assert (found["kills"], found["jobs"], found["alone"], found["same_bytes"]) == (2, 12, 6, 6)
