@@ -22,7 +22,6 @@ from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import PrefixVersion
 from prefix_store.store import Store
 from prefix_store.tenants import DEFAULT_TENANT
-from prefix_store.tensors import check_fits
 from server import welcome
 from server.api.wire import Protocol
 from server.app import create_app
@@ -155,7 +154,7 @@ def fitting(store: Store, frozen: FrozenModel) -> list[PrefixVersion]:
         with suppress(InvalidPrefix, StoreCorrupt):
             with store.prefixes.file(version) as path:
                 manifest = codec.read_manifest(path)
-            check_fits(manifest, frozen.geometry, frozen.digest, frozen.context_length)
+            frozen.check_fits(manifest)
             found.append(version)
         if len(found) > welcome.SHOWN:
             break

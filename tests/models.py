@@ -6,6 +6,7 @@ Weights are far larger than a fresh initialisation's, so a wrong position, mask 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from transformers import (
     T5Config,
 )
 
+from prefix_store.geometry import Stack
 from prefix_store.model import frozen
 
 torch.set_num_threads(1)  # models this small only lose by a second thread
@@ -187,6 +189,18 @@ def save_tiny(family: str, folder: Path, seed: int = 0, *, bos: bool = True) -> 
     tiny_model(family, seed).save_pretrained(folder)
     tiny_tokenizer(bos=bos).save_pretrained(folder)
     return folder
+
+
+def random_kvs(
+    model: frozen.FrozenModel, length: int, seed: int = 0, stacks: Sequence[Stack] = tuple(Stack)
+) -> dict[Stack, torch.Tensor]:
+    """Random canonical KV of `length` virtual tokens in each of an encoder-decoder model's stacks."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for stack in stacks:
+        layers, two, heads, size = model.geometry.kv_shape_of(stack)
+        found[stack] = torch.randn(layers, two, heads, length, size, generator=generator)
+    return found
 
 
 def random_kv(model: frozen.FrozenModel, length: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:

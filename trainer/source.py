@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import chain
 
 from prefix_store import job_start
@@ -12,7 +11,7 @@ from prefix_store.model import prompt
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import PrefixRef
 from prefix_store.store import Store
-from prefix_store.tensors import PrefixTensors, check_fits
+from prefix_store.tensors import PrefixTensors
 from trainer.data import Example
 from trainer.methods.start import Start
 
@@ -34,8 +33,5 @@ def _stored(store: Store, job: TrainingJob, frozen: FrozenModel) -> PrefixTensor
     assert spec.init_from is not None
     version = store.prefixes.resolve(PrefixRef.parse(spec.init_from, job.tenant), reader=job.tenant)
     manifest, tensors = store.prefixes.read(version)
-    fits = partial(
-        check_fits, geometry=frozen.geometry, base_digest=frozen.digest, context_length=frozen.context_length
-    )
-    job_start.check(spec, manifest, fits)
+    job_start.check(spec, manifest, frozen.check_fits)
     return tensors

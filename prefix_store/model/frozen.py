@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
+from prefix_store import tensors
 from prefix_store.errors import ModelUnsupported
 from prefix_store.geometry import EncoderGeometry, ModelGeometry
 from prefix_store.model import sites
+from prefix_store.prefix import PrefixManifest
 
 BUNDLED = Path(__file__).parent.parent / "bundled" / "model"
 BUNDLED_NAME = "antefix-demo"
@@ -49,6 +51,10 @@ class FrozenModel:
     def dtype(self) -> torch.dtype:
         """What the weights are."""
         return self.model.dtype
+
+    def check_fits(self, manifest: PrefixManifest) -> None:
+        """Raises PrefixMismatch unless a prefix with this manifest may be served on the model."""
+        tensors.check_fits(manifest, self.geometry, self.digest, self.context_length)
 
     @property
     def is_encoder_decoder(self) -> bool:

@@ -113,7 +113,7 @@ def _create(services: Services, caller: Caller, key: str | None, body: FineTunin
         jobs, tenant = services.store.jobs, caller.tenant
         with body.as_written():
             options = training.for_this_server(services, options, data + judges, "training_file")
-            fits = training.fits(services)
+            fits = services.frozen.check_fits
             made = jobs.submit(tenant, name, data, options, services.methods, caller.by, also, judges, about, fits)
         return _shown(services, made)
 

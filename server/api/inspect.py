@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, Query
 from prefix_store.errors import ContextLengthExceeded
 from prefix_store.model.inspect import Inspection, inspect
 from prefix_store.prefix import Method, PrefixManifest, PrefixVersion
-from prefix_store.tensors import PrefixTensors, check_fits
+from prefix_store.tensors import PrefixTensors
 from server.api import aside, prompts, queries, references
 from server.api.auth import Caller, Calling
 from server.api.prompts import Prompt
@@ -43,7 +43,7 @@ def _read(services: Services, ref: str, caller: Caller) -> tuple[PrefixVersion, 
     version = references.resolve(services, ref, caller)
     manifest, tensors = services.store.prefixes.read(version)
     frozen = services.frozen
-    check_fits(manifest, frozen.geometry, frozen.digest, frozen.context_length)
+    frozen.check_fits(manifest)
     return version, manifest, tensors
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated, Any
 
 from anyio import to_thread
@@ -13,10 +12,8 @@ from prefix_store import job_report
 from prefix_store.backends.base import Transaction
 from prefix_store.errors import InvalidRequest, JobNotFound
 from prefix_store.job_model import check_model
-from prefix_store.job_start import Fits
 from prefix_store.jobs import JobEvent, TrainingJob
 from prefix_store.model.prompt import check_chat_template
-from prefix_store.tensors import check_fits
 from server.api import queries, references, repeats, schemas, views
 from server.api.auth import Caller, Calling
 from server.api.repeats import Keep, Reply
@@ -131,14 +128,6 @@ def for_this_server(
     return options | added
 
 
-def fits(services: Services) -> Fits:
-    """What raises PrefixMismatch for a prefix that is not for this server's model."""
-    frozen = services.frozen
-    return partial(
-        check_fits, geometry=frozen.geometry, base_digest=frozen.digest, context_length=frozen.context_length
-    )
-
-
 def _train(services: Services, caller: Caller, key: str | None, name: str, body: TrainBody) -> Reply:
     examples, validation = body.examples, body.validation_examples or []
 
@@ -148,9 +137,9 @@ def _train(services: Services, caller: Caller, key: str | None, name: str, body:
         def also(transaction: Transaction, job: TrainingJob) -> None:
             keep(transaction, _accepted(job))
 
-        jobs = services.store.jobs
+        jobs, fits = services.store.jobs, services.frozen.check_fits
         made = jobs.submit(
-            caller.tenant, name, examples, options, services.methods, caller.by, also, validation, fits=fits(services)
+            caller.tenant, name, examples, options, services.methods, caller.by, also, validation, fits=fits
         )
         return _accepted(made)
 

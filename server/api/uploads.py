@@ -21,7 +21,7 @@ from prefix_store.formats import peft
 from prefix_store.prefix import LONGEST_TEMPLATE, PrefixManifest, PrefixVersion, check_metadata, check_template
 from prefix_store.prefixes import check_lifetime
 from prefix_store.safetensors_file import read_header, strict_json
-from prefix_store.tensors import PrefixTensors, check_fits
+from prefix_store.tensors import PrefixTensors
 from server.api import conditions, form, queries, references, repeats, views
 from server.api.auth import Caller, Calling
 from server.api.receiving import Received, receive
@@ -119,7 +119,7 @@ def _publish(services: Services, caller: Caller, key: str | None, made: Upload) 
 def _save(services: Services, caller: Caller, made: Upload, keep: Keep) -> Reply:
     manifest, tensors = _decode(services, made)
     frozen = services.frozen
-    check_fits(manifest, frozen.geometry, frozen.digest, frozen.context_length)
+    frozen.check_fits(manifest)
     served_tensors(tensors, frozen.dtype)  # for what it refuses
 
     def also(transaction: Transaction, version: PrefixVersion) -> None:

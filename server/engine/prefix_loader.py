@@ -14,7 +14,7 @@ from prefix_store.geometry import Stack
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import Method, PrefixManifest, PrefixVersion, Window
 from prefix_store.store import PrefixStore
-from prefix_store.tensors import PAYLOADS, STACKS, PrefixTensors, check_fits
+from prefix_store.tensors import PAYLOADS, STACKS, PrefixTensors
 from server.engine.kv_pool import memory_slots
 from server.scheduler.messages import PrefixPayload
 
@@ -82,7 +82,7 @@ class PrefixLoader:
 
     def _read(self, version: PrefixVersion) -> LoadedPrefix:
         manifest, tensors = self._prefixes.read(version)
-        check_fits(manifest, self._frozen.geometry, self._frozen.digest, self._frozen.context_length)
+        self._frozen.check_fits(manifest)
         return LoadedPrefix(payload_of(version.digest, manifest, tensors, self._frozen.dtype), manifest.template)
 
     def _trim(self) -> None:

@@ -11,7 +11,6 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from prefix_store.geometry import Stack
 from prefix_store.model import sites
-from prefix_store.model.frozen import FrozenModel
 from prefix_store.model.memory import Memory, recall
 from server.scheduler.messages import PrefixPayload
 from tests.parity.harness import Case
@@ -43,15 +42,6 @@ class Prefix:
         own = {stack: self.stacks.get(stack) for stack in Stack}
         found = PrefixPayload(digest, self.length, self.offset, True, own[Stack.SELF], stacks=tuple(self.stacks))
         return replace(found, cross=own[Stack.CROSS], encoder=own[Stack.ENCODER])
-
-
-def random_stacks(model: FrozenModel, stacks: Sequence[Stack], length: int, seed: int) -> dict[Stack, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    found = {}
-    for stack in stacks:
-        layers, two, heads, size = model.geometry.kv_shape_of(stack)
-        found[stack] = torch.randn(layers, two, heads, length, size, generator=generator)
-    return found
 
 
 def alone(model: PreTrainedModel, case: Case, prefix: Prefix) -> tuple[list[int], torch.Tensor]:

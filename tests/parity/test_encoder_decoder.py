@@ -15,9 +15,9 @@ from prefix_store.model.frozen import FrozenModel
 from prefix_store.model.memory import Memory
 from server.scheduler.messages import FinishReason, PrefixPayload
 from server.scheduler.sampling_params import SamplingParams
-from tests.models import ENCODER_DECODERS, random_memory, tiny_frozen, tiny_model
+from tests.models import ENCODER_DECODERS, random_kvs, random_memory, tiny_frozen, tiny_model
 from tests.parity.harness import Case, backends, make_engine, memory_payload, recorded, request, run_mixed
-from tests.parity.stacks import Prefix, alone, logits, random_stacks
+from tests.parity.stacks import Prefix, alone, logits
 
 # Of the largest logit: float32 sums in another order give 1e-6; a wrong neighbour is off by parts of the whole.
 TOLERANCE = 1e-5
@@ -80,7 +80,7 @@ def make_cases(model: FrozenModel, seed: int = 0) -> tuple[list[Case], list[Pref
             prefixes.append(Prefix())
         else:
             offset = length if index % 2 else 0
-            prefixes.append(Prefix(random_stacks(model, kind, length, seed=length + offset), offset))
+            prefixes.append(Prefix(random_kvs(model, length, seed=length + offset, stacks=kind), offset))
         source = tuple(draw.choices(BYTES, k=draw.choice([1, 4, 9, 30])))
         new, arrives = draw.choice([3, 6, 12]), draw.randrange(0, 12)
         cases.append(Case((model.start_id,), None, new, arrives, f"{index}", source))
@@ -187,7 +187,7 @@ def tensors(payload: PrefixPayload) -> dict[str, torch.Tensor]:
 def test_what_rows_are_held_to_is_what_a_cache_of_transformers_makes_of_the_same_prefix(family):
     """Without the encoder's stack, of which transformers has no cache: the decoder's own, whose length moves it on."""
     plain, source, length = tiny_model(family.name), (7, 8, 9, 10), 5
-    stacks = random_stacks(family.served, (Stack.SELF,), length, seed=3)
+    stacks = random_kvs(family.served, length, seed=3, stacks=(Stack.SELF,))
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     for layer, kv in enumerate(stacks[Stack.SELF]):
         cache.self_attention_cache.update(kv[0][None].clone(), kv[1][None].clone(), layer)
@@ -216,7 +216,7 @@ def test_a_memory_adds_to_the_decoders_own_attention(family):
 def test_another_version_takes_the_prefixs_place_while_rows_decode(family):
     """Rows that had begun keep theirs; later ones have the new one; nobody the other's."""
     kinds = tuple(Stack)
-    old, new = (Prefix(random_stacks(family.served, kinds, 7, seed), 7) for seed in (1, 2))
+    old, new = (Prefix(random_kvs(family.served, 7, seed=seed, stacks=kinds), 7) for seed in (1, 2))
     start = (family.served.start_id,)
     cases = [Case(start, None, 12, arrives=at, source=(9, 8, 7, 6, at + 3)) for at in (0, 2, 4, 5)]
     prefixes = [old, old, new, new]
@@ -230,7 +230,7 @@ def test_another_version_takes_the_prefixs_place_while_rows_decode(family):
 
 def test_an_aborted_row_gives_back_both_its_extents_at_once(family):
     engine = make_engine(family.served)
-    prefix = Prefix(random_stacks(family.served, tuple(Stack), 7, 1), 7)
+    prefix = Prefix(random_kvs(family.served, 7, seed=1, stacks=tuple(Stack)), 7)
     case = Case((family.served.start_id,), None, 50, source=tuple(range(5, 25)))
     for name in ("a", "b"):
         engine.scheduler.add(request(name, case, prefix.payload("p")), seed=0)

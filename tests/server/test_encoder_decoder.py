@@ -23,9 +23,9 @@ from server.engine.engine import Engine, choose_slots
 from server.engine.loop import EngineLoop
 from server.engine.prefix_loader import PrefixLoader
 from server.scheduler.limits import Limits
-from tests.models import CONTEXT, save_tiny, tiny_model
+from tests.models import CONTEXT, random_kvs, save_tiny, tiny_model
 from tests.parity.harness import Case
-from tests.parity.stacks import Prefix, alone, random_stacks
+from tests.parity.stacks import Prefix, alone
 from tests.server import artefacts
 from tests.server.over_http import serving
 
@@ -54,7 +54,7 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def native(frozen: FrozenModel, stacks: tuple[Stack, ...] = tuple(Stack), seed: int = 0) -> bytes:
     manifest = PrefixManifest(Method.PREFIX, frozen.geometry, P, 0, frozen.digest, stacks=stacks)
-    tensors = {STACKS[stack]: kv for stack, kv in random_stacks(frozen, stacks, P, seed).items()}
+    tensors = {STACKS[stack]: kv for stack, kv in random_kvs(frozen, P, seed=seed, stacks=stacks).items()}
     return codec.encode(manifest, tensors)
 
 
@@ -87,7 +87,7 @@ def test_each_answer_is_transformers_own(running: Running) -> None:
     case = Case(frozen.start_ids, None, NEW, source=source)
     prefixes = {
         None: Prefix(),
-        "all": Prefix(random_stacks(frozen, tuple(Stack), P, 0)),
+        "all": Prefix(random_kvs(frozen, P, seed=0, stacks=tuple(Stack))),
         "soft": Prefix(embeds=soft_prompt()),
     }
     answers = set()

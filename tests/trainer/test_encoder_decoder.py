@@ -18,8 +18,8 @@ from prefix_store.model.rows import StackRows
 from prefix_store.prefix import Method, PrefixManifest, PrefixRef
 from prefix_store.store import Store
 from prefix_store.tensors import PrefixTensors
-from tests.models import CONTEXT, ENCODER_DECODERS, EOS, tiny_frozen
-from tests.prefix_store.model.encoder_decoder import alone, random_kvs
+from tests.models import CONTEXT, ENCODER_DECODERS, EOS, random_kvs, tiny_frozen
+from tests.prefix_store.model.encoder_decoder import alone
 from trainer import data, forward, samples, step, training_model
 from trainer.data import Example
 from trainer.forward import Group

@@ -10,8 +10,7 @@ import torch
 from prefix_store.model import apply
 from prefix_store.model.rows import PrefixRows, Rows, StackRows
 from prefix_store.prefix import Window
-from tests.models import ENCODER_DECODERS, FAMILIES, random_kv, tiny_frozen
-from tests.prefix_store.model.encoder_decoder import random_kvs
+from tests.models import ENCODER_DECODERS, FAMILIES, random_kv, random_kvs, tiny_frozen
 from trainer import forward, memory, objective
 from trainer.data import Example
 from trainer.forward import Group

@@ -13,22 +13,11 @@ import torch
 from transformers import AttentionInterface, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from prefix_store.geometry import Stack
-from prefix_store.model.frozen import FrozenModel
 from prefix_store.model.rows import StackRows
 from tests.models import tiny_model
 
 NAME = "tests_concatenation"
 Kvs = Mapping[Stack, torch.Tensor]
-
-
-def random_kvs(frozen: FrozenModel, length: int, seed: int, stacks: Sequence[Stack] = tuple(Stack)) -> Kvs:
-    """Random canonical KV of `length` virtual tokens in each of the stacks."""
-    generator = torch.Generator().manual_seed(seed)
-    found = {}
-    for stack in stacks:
-        layers, two, heads, size = frozen.geometry.kv_shape_of(stack)
-        found[stack] = torch.randn(layers, two, heads, length, size, generator=generator)
-    return found
 
 
 def rows_of(kvs: Sequence[Kvs], offsets: Sequence[int]) -> StackRows:

@@ -10,8 +10,8 @@ from prefix_store.geometry import Stack
 from prefix_store.model import apply, both
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.model.rows import StackRows
-from tests.models import ENCODER_DECODERS, VOCABULARY, tiny_frozen, tiny_model
-from tests.prefix_store.model.encoder_decoder import Kvs, alone, padded, random_kvs, rows_of
+from tests.models import ENCODER_DECODERS, VOCABULARY, random_kvs, tiny_frozen, tiny_model
+from tests.prefix_store.model.encoder_decoder import Kvs, alone, padded, rows_of
 
 BART_LIKE = ("bart", "mbart", "pegasus", "marian")
 CLOSE = 2e-5  # observed: at most 5e-6

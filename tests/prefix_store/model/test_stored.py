@@ -10,8 +10,7 @@ from prefix_store.geometry import Stack
 from prefix_store.model import stored
 from prefix_store.model.rows import PrefixRows, StackRows
 from prefix_store.prefix import Method, PrefixManifest
-from tests.models import random_kv, random_memory, tiny_frozen
-from tests.prefix_store.model.encoder_decoder import random_kvs
+from tests.models import random_kv, random_kvs, random_memory, tiny_frozen
 
 BART, LLAMA = tiny_frozen("bart"), tiny_frozen("llama")
 

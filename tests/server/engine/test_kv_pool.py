@@ -6,8 +6,7 @@ from server.engine.kv_pool import KVPool, bytes_per_slot, memory_halves, memory_
 from server.scheduler.messages import PrefixPayload
 from server.scheduler.plan import Load, Move
 from server.scheduler.slots import Extent
-from tests.models import random_kv, random_memory, tiny_frozen
-from tests.parity.stacks import random_stacks
+from tests.models import random_kv, random_kvs, random_memory, tiny_frozen
 
 
 def test_loads_and_moves_put_every_layer_in_place():
@@ -61,7 +60,7 @@ def test_bytes_per_slot_is_what_the_pool_takes():
 def test_each_stack_of_a_prefix_goes_into_its_own_layers():
     model = tiny_frozen("bart")
     pool = KVPool(model.geometry, 30, dtype=torch.float32, device=torch.device("cpu"))
-    kv = random_stacks(model, tuple(Stack), 5, seed=0)
+    kv = random_kvs(model, 5, seed=0)
     whole = PrefixPayload(
         "p", 5, 5, True, kv[Stack.SELF], stacks=tuple(Stack), cross=kv[Stack.CROSS], encoder=kv[Stack.ENCODER]
     )
