@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 import transformers
-import uvicorn
-from fastapi import FastAPI
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from prefix_store import codec
@@ -22,8 +18,7 @@ from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import PrefixVersion
 from prefix_store.store import Store
 from prefix_store.tenants import DEFAULT_TENANT
-from server import welcome
-from server.api.wire import Protocol
+from server import running, welcome
 from server.app import create_app
 from server.engine.engine import Engine, choose_slots
 from server.engine.loop import EngineLoop
@@ -36,8 +31,6 @@ BUNDLED_PREFIXES = models.BUNDLED.parent / "prefixes"
 CPU_POOL_SHARE, GPU_POOL_SHARE, LOADED_PREFIXES_SHARE = 0.25, 0.85, 0.125
 # Only the linear layers are int8; what lies between them, and the keys and values, are this.
 INT8, AROUND_INT8 = "int8", "bfloat16"
-# What running requests get to finish in once the server was told to stop.
-SHUTDOWN_SECONDS = 1
 # Prefixes whose headers are read at the start to find some that fit.
 LOOKED_AT = 50
 PROBE = {"role": "user", "content": "x"}
@@ -76,13 +69,12 @@ def _serve(chosen: Settings) -> None:
         counters_url=chosen.store,
         chat_template=template,
     )
-    loop.start()
     address = f"http://{_bracketed(chosen.host)}:{listener.getsockname()[1]}"
     prefixes = fitting(store, frozen)
     free_slots = engine.scheduler.slots.total - engine.scheduler.slots.used
     dtype = INT8 if engine.runner.int8 else str(frozen.dtype).removeprefix("torch.")
     text = welcome.text(address, frozen, prefixes, free_slots, dtype=dtype, open_mode=open_mode)
-    _run(app, listener, loop, lambda: _say(text))
+    running.run(app, listener, loop, lambda: _say(text))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -183,38 +175,6 @@ def _host_memory() -> int:
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else "max"
     return min(machine, int(text)) if text.isdigit() else machine
-
-
-def _run(app: FastAPI, listener: socket.socket, loop: EngineLoop, on_ready: Callable[[], None]) -> None:
-    config = uvicorn.Config(
-        app,
-        http=Protocol,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="on",
-        # the engine has ended all calls by then; this is for a client that does not read
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS + 1,
-        timeout_keep_alive=75,
-    )
-    _Server(config, loop, on_ready).run(sockets=[listener])
-
-
-class _Server(uvicorn.Server):
-    """Says when it answers, not before; when it stops, what still runs after a while is told so."""
-
-    def __init__(self, config: uvicorn.Config, loop: EngineLoop, on_ready: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._loop = loop
-        self._on_ready = on_ready
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._on_ready()
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().call_later(SHUTDOWN_SECONDS, self._loop.stop)
-        await super().shutdown(sockets)
 
 
 def _say(text: str) -> None:

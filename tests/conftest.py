@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +14,8 @@ _WORST = "worst logit difference"
 def pytest_configure() -> None:
     # tiny models only: a second thread would cost more in barriers than it saves
     torch.set_num_threads(1)
+    # servers that tests start share the cores with other tests: threads that wait for one another shall sleep
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""The one thread that owns the device. It does no I/O: requests come in checked, events go out by callback."""
+"""What the one thread does that owns the device: no I/O; requests come in checked, events go out by callback."""
 
 from __future__ import annotations
 
@@ -55,16 +55,30 @@ class EngineLoop:
         self._preloading: list[Future[None]] = []
         self._stopping = False
         self._steps = self._prompt_tokens = self._generated_tokens = self._distinct_prefixes = 0
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._is_running = False
+        self._ended = threading.Event()
 
-    def start(self) -> None:
-        """Starts the thread."""
-        self._thread.start()
+    def run(self) -> None:
+        """Takes the calling thread until `stop`, or until the engine fails."""
+        self._is_running = True
+        try:
+            while self._turn():
+                pass
+        except Exception:
+            # A scheduler that is wrong about its slots must not go on: end everything with a reason, and say so.
+            _log.exception("the engine has stopped")
+            with self._changed:
+                self._stopping = True
+                lost = list(self._sinks)
+            _settle(self._preloading, GenerationFailed(FAILED))
+            self._deliver([TokenEvent(name, finish_reason=FinishReason.ERROR, error=FAILED) for name in lost])
+        finally:
+            self._ended.set()
 
     def submit(self, request: GenerationRequest, on_event: EventSink) -> None:
         """Queues a request under its id, which must be new.
 
-        `on_event` is called on the engine's thread and must not block; nothing comes after an event with a finish
+        `on_event` is called on the thread of `run` and must not block; nothing comes after an event with a finish
         reason. Raises Overloaded, ContextLengthExceeded or InvalidRequest at once.
         """
         seed = request.params.seed if request.params.seed is not None else secrets.randbits(63)
@@ -126,12 +140,12 @@ class EngineLoop:
             )
 
     def stop(self, error: str = STOPPED) -> None:
-        """Ends every request with that error and the thread after its current step."""
+        """Ends every request with that error, and `run` after its current step."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        if self._thread.is_alive():
-            self._thread.join()
+        if self._is_running:
+            self._ended.wait()
         with self._changed:
             events = self._scheduler.fail_all(error)
         _settle(self._preloading, ShuttingDown(error))
@@ -139,21 +153,8 @@ class EngineLoop:
 
     @property
     def is_alive(self) -> bool:
-        """Whether requests will be answered."""
-        return self._thread.is_alive() and not self._stopping
-
-    def _run(self) -> None:
-        try:
-            while self._turn():
-                pass
-        except Exception:
-            # A scheduler that is wrong about its slots must not go on: end everything with a reason, and say so.
-            _log.exception("the engine has stopped")
-            with self._changed:
-                self._stopping = True
-                lost = list(self._sinks)
-            _settle(self._preloading, GenerationFailed(FAILED))
-            self._deliver([TokenEvent(name, finish_reason=FinishReason.ERROR, error=FAILED) for name in lost])
+        """Whether requests will be answered, once it runs."""
+        return not self._stopping
 
     def _turn(self) -> bool:
         """Waits for work and runs one step; False when told to stop."""

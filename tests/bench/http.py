@@ -169,10 +169,9 @@ def thread_seconds(pid: int) -> dict[int, float]:
 
 
 def _outside_engine(pid: int, before: dict[int, float], after: dict[int, float]) -> float:
-    """CPU seconds of all threads but the engine's own and those that compute for it, which are the busiest ones."""
-    spent = {thread: seconds - before.get(thread, 0.0) for thread, seconds in after.items()}
-    serving = spent.pop(pid, 0.0)  # the first thread runs the event loop
-    return serving + sum(sorted(spent.values(), reverse=True)[torch.get_num_threads() :])
+    """CPU seconds of all threads but the first, which is the engine's, and the busiest others, which compute for it."""
+    spent = {thread: seconds - before.get(thread, 0.0) for thread, seconds in after.items() if thread != pid}
+    return sum(sorted(spent.values(), reverse=True)[torch.get_num_threads() - 1 :])
 
 
 def _body(item: Item, new_tokens: int) -> dict[str, Any]:

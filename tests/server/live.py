@@ -13,10 +13,10 @@ from prefix_store.model.frozen import FrozenModel
 from prefix_store.store import Store
 from server.app import create_app
 from server.engine.engine import Engine
-from server.engine.loop import EngineLoop
 from server.engine.prefix_loader import PrefixLoader
 from server.scheduler.scheduler import Limits
 from tests.models import tiny_frozen
+from tests.server import loops
 
 LIMITS = Limits(slots=4096, rows=32, step_tokens=64, context_length=512, waiting=100)
 
@@ -43,8 +43,7 @@ def serving(
     frozen = tiny_frozen(family)
     frozen.model.to(torch.bfloat16 if dtype is torch.int8 else dtype)
     engine = Engine(frozen, limits, int8=dtype is torch.int8)
-    loop = EngineLoop(engine)
-    loop.start()
+    loop = loops.running(engine)
     app = create_app(store, frozen, loop, PrefixLoader(store.prefixes, frozen, 1 << 24), **options)
     try:
         yield Live(TestClient(app, base_url="http://127.0.0.1:8000", raise_server_exceptions=False), engine, frozen)

@@ -20,13 +20,12 @@ from prefix_store.store import Store
 from prefix_store.tensors import STACKS
 from server.app import create_app
 from server.engine.engine import Engine, choose_slots
-from server.engine.loop import EngineLoop
 from server.engine.prefix_loader import PrefixLoader
 from server.scheduler.limits import Limits
 from tests.models import CONTEXT, random_kvs, save_tiny, tiny_model
 from tests.parity.harness import Case
 from tests.parity.stacks import Prefix, alone
-from tests.server import artefacts
+from tests.server import artefacts, loops
 from tests.server.over_http import serving
 
 P, NEW = 5, 8
@@ -42,8 +41,7 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     frozen = models.load(save_tiny(request.param, folder / "tiny"))
     store = Store.open(f"sqlite:///{folder}/store.db")
     limits = Limits(choose_slots(frozen, 8, 1 << 28), 8, 64, frozen.context_length, 64)
-    loop = EngineLoop(Engine(frozen, limits))
-    loop.start()
+    loop = loops.running(Engine(frozen, limits))
     app = create_app(store, frozen, loop, PrefixLoader(store.prefixes, frozen, 1 << 24))
     with serving(app) as url, httpx.Client(base_url=url, timeout=60) as client:
         upload(client, "all", native(frozen))

@@ -17,10 +17,10 @@ import pytest
 from prefix_store.store import Store
 from server.app import create_app
 from server.engine.engine import Engine
-from server.engine.loop import EngineLoop
 from server.engine.prefix_loader import PrefixLoader
 from server.scheduler.scheduler import Limits
 from tests.models import tiny_frozen
+from tests.server import loops
 from tests.server.over_http import serving
 from trainer.worker import Worker
 
@@ -60,8 +60,7 @@ def where(tmp_path: Path) -> str:
 def client(where: str) -> Iterator[Any]:
     store = Store.open(where)
     frozen = tiny_frozen("llama")
-    loop = EngineLoop(Engine(frozen, LIMITS))
-    loop.start()
+    loop = loops.running(Engine(frozen, LIMITS))
     app = create_app(store, frozen, loop, PrefixLoader(store.prefixes, frozen, 1 << 24), chat_template=CHAT)
     with serving(app) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as made:
         yield made

@@ -15,11 +15,10 @@ from prefix_store.store import Store
 from prefix_store.tenants import DEFAULT_TENANT
 from server.app import create_app
 from server.engine.engine import Engine
-from server.engine.loop import EngineLoop
 from server.engine.prefix_loader import PrefixLoader
 from server.scheduler.scheduler import Limits
 from tests.models import tiny_frozen
-from tests.server import artefacts
+from tests.server import artefacts, loops
 from tests.server.conftest import ANSWER
 from tests.server.fakes import FakeLoop
 from tests.server.over_http import serving
@@ -53,8 +52,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A whole server with one prefix, which frames what it is asked."""
     store = Store.open(f"sqlite:///{tmp_path_factory.mktemp('run')}/store.db")
     frozen = tiny_frozen("llama")
-    engine = EngineLoop(Engine(frozen, LIMITS))
-    engine.start()
+    engine = loops.running(Engine(frozen, LIMITS))
     publish(store, frozen, template="Q: {prompt} A:")
     app = create_app(store, frozen, engine, PrefixLoader(store.prefixes, frozen, 1 << 24), chat_template=CHAT)
     with serving(app) as url:

@@ -14,12 +14,11 @@ from prefix_store.model import frozen as models
 from prefix_store.store import Store
 from server.app import create_app
 from server.engine.engine import Engine
-from server.engine.loop import EngineLoop
 from server.engine.prefix_loader import PrefixLoader
 from server.scheduler.scheduler import Limits
 from tests.models import random_kv
 from tests.prefix_store.cli.conftest import ANSWER, Antefix, Instead, Running
-from tests.server import artefacts, over_http
+from tests.server import artefacts, loops, over_http
 from trainer.worker import Worker
 
 WORDS = ("red", "blue", "green", "white", "black", "brown")
@@ -173,8 +172,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Sto
     lines = []
     assert Worker(store, apply.attach(models.load(models.BUNDLED)), "w", say=lines.append).run_until_empty() == 3
     frozen = models.load(models.BUNDLED)
-    loop = EngineLoop(Engine(frozen, Limits(4096, 8, 256, frozen.context_length, 100)))
-    loop.start()
+    loop = loops.running(Engine(frozen, Limits(4096, 8, 256, frozen.context_length, 100)))
     app = create_app(store, frozen, loop, PrefixLoader(store.prefixes, frozen, 1 << 24))
     with over_http.serving(app) as url:
         yield url, store

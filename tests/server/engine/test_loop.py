@@ -14,6 +14,7 @@ from server.scheduler.messages import FinishReason, GenerationRequest, PrefixPay
 from server.scheduler.sampling_params import SamplingParams
 from server.scheduler.scheduler import Limits
 from tests.models import random_kv, tiny_frozen
+from tests.server import loops
 
 LIMITS = Limits(slots=1024, rows=4, step_tokens=32, context_length=200, waiting=6)
 
@@ -25,10 +26,9 @@ def engine() -> Engine:
 
 @pytest.fixture
 def loop(engine):
-    running = EngineLoop(engine)
-    running.start()
-    yield running
-    running.stop()
+    loop = loops.running(engine)
+    yield loop
+    loop.stop()
     engine.scheduler.check_integrity()
     assert engine.scheduler.slots.used == sum(r.extent.size for r in engine.scheduler.residency.residents())
 
@@ -93,8 +93,7 @@ def test_a_deadline_ends_a_request(loop):
 
 
 def test_stopping_ends_what_runs_with_a_reason(engine):
-    loop = EngineLoop(engine)
-    loop.start()
+    loop = loops.running(engine)
     stream = submit(loop, request("cut", new=190))
     loop.stop("going down")
     _, last = collect(stream)
@@ -122,8 +121,7 @@ def test_a_broken_step_fails_its_rows_and_the_next_request_is_right(loop, engine
 
 
 def test_a_loop_that_dies_answers_everyone_and_says_so(engine, monkeypatch, caplog):
-    loop = EngineLoop(engine)
-    loop.start()
+    loop = loops.running(engine)
     assert loop.is_alive
     with monkeypatch.context() as patch:
         patch.setattr(engine.scheduler, "schedule", lambda: 1 / 0)
