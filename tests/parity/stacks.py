@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from prefix_store.geometry import Stack
 from prefix_store.model import sites
@@ -56,28 +59,27 @@ def alone(model: PreTrainedModel, case: Case, prefix: Prefix) -> tuple[list[int]
 @torch.inference_mode()
 def logits(model: PreTrainedModel, source: Sequence[int], ids: Sequence[int], prefix: Prefix) -> torch.Tensor:
     """Logits `[T, V]` of one row by transformers, all keys and values in one softmax."""
+    with behind(model, source, prefix) as states:
+        return model(encoder_outputs=states, decoder_input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+
+
+@contextmanager
+def behind(model: PreTrainedModel, source: Sequence[int], prefix: Prefix) -> Iterator[ModelOutput]:
+    """The model attends to this prefix while the block runs; gives what its encoder says of the source."""
+    AttentionInterface.register(CONCATENATED, partial(attention, prefix=prefix, whole=model))
     model.set_attn_implementation(CONCATENATED)
-    decoder, inputs = model.get_decoder(), {"input_ids": torch.tensor([list(source)])}
+    encoder, decoder, inputs = model.get_encoder(), model.get_decoder(), {"input_ids": torch.tensor([list(source)])}
     if prefix.embeds is not None:
-        encoder = model.get_encoder()
         tokens = encoder.embed_tokens(inputs.pop("input_ids")) * getattr(encoder, "embed_scale", 1)
         inputs["inputs_embeds"] = torch.cat([prefix.embeds[None], tokens], 1)
     hooks = []
     if hasattr(decoder, "embed_positions"):
         hooks.append(decoder.embed_positions.register_forward_pre_hook(_moved(prefix.offset), with_kwargs=True))
     try:
-        states = model.get_encoder()(**inputs, prefix=prefix, whole=model)
-        output = model(
-            encoder_outputs=states,
-            decoder_input_ids=torch.tensor([list(ids)]),
-            prefix=prefix,
-            whole=model,
-            use_cache=False,
-        )
+        yield encoder(**inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return output.logits[0]
 
 
 def _moved(offset: int):
@@ -95,7 +97,8 @@ def attention(module, query, key, value, attention_mask, *, scaling, prefix: Pre
     length = 0
     if kv is not None:
         length = kv.shape[3]
-        key, value = (torch.cat([kv[site.layer, part][None], own], 2) for part, own in ((0, key), (1, value)))
+        rows = (kv[site.layer, part].expand(len(query), -1, -1, -1) for part in (0, 1))
+        key, value = (torch.cat(pair, 2) for pair in zip(rows, (key, value), strict=True))
     scores = query @ key.transpose(2, 3) * scaling
     bias = _bias(whole, site.stack, key.shape[2])
     if bias is not None:
@@ -115,6 +118,3 @@ def _bias(model: PreTrainedModel, stack: Stack, keys: int) -> torch.Tensor | Non
         if getattr(module, "has_relative_attention_bias", False) and sites.of(module).stack is stack:
             return module.compute_bias(keys, keys)
     return None
-
-
-AttentionInterface.register(CONCATENATED, attention)

@@ -1,0 +1,92 @@
+"""Beams over an encoder-decoder model in a mixed batch find what transformers' `generate` finds for each alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+
+from prefix_store.geometry import Stack
+from prefix_store.model import sites
+from server.scheduler.beams import BeamGroup
+from server.scheduler.messages import GenerationRequest
+from tests.models import ENCODER_DECODERS, EOS, random_kvs, tiny_frozen, tiny_model
+from tests.parity.beams import Search, answers, drawn, hypotheses, run
+from tests.parity.harness import make_engine
+from tests.parity.stacks import Prefix, behind
+
+SETS = [(), (Stack.SELF,), (Stack.CROSS,), (Stack.ENCODER,), tuple(Stack), "prompt"]
+FAMILIES = [pytest.param(name, marks=() if name in ("bart", "t5") else pytest.mark.slow) for name in ENCODER_DECODERS]
+
+
+class Family:
+    """A model to serve, and the plain one that searches for one request at a time."""
+
+    def __init__(self, name: str) -> None:
+        self.served, self.plain = tiny_frozen(name), tiny_model(name)
+        sites.mark(self.plain)
+
+    def prefix(self, index: int, length: int) -> Prefix:
+        """Of each set of stacks in turn, moving the answer's positions or not."""
+        kind = SETS[index % len(SETS)]
+        if kind == "prompt":
+            generator = torch.Generator().manual_seed(length)
+            return Prefix(embeds=torch.randn(length, self.served.geometry.hidden_size, generator=generator))
+        if not kind:
+            return Prefix()
+        stacks = random_kvs(self.served, length, seed=length, stacks=kind)
+        return Prefix(stacks, length if index % 2 else 0)
+
+    def request(self, index: int, search: Search, prefix: Prefix) -> GenerationRequest:
+        payload = prefix.payload(f"{index}") if prefix.stacks or prefix.embeds is not None else None
+        made = search.request(f"{index}", payload)
+        return replace(made, prompt_ids=(self.served.start_id,), source_ids=search.prompt)
+
+    @torch.inference_mode()
+    def by_transformers(self, search: Search, prefix: Prefix) -> list[tuple[list[int], float]]:
+        start = torch.tensor([[self.served.start_id]])
+        with behind(self.plain, search.prompt, prefix) as states:
+            found = self.plain.generate(
+                encoder_outputs=states, decoder_input_ids=start, use_cache=False, **search.options()
+            )
+        return search.answers(found, 1)
+
+    def disagreements(self, searches: Sequence[Search], prefixes: Sequence[Prefix], given: Sequence[Prefix]) -> int:
+        """How many searches behind what they are given find anything else than behind their prefixes alone."""
+        requests = [self.request(*each) for each in zip(range(len(searches)), searches, given, strict=True)]
+        events = run(make_engine(self.served), requests, [search.arrives for search in searches])
+        expected = [self.by_transformers(*pair) for pair in zip(searches, prefixes, strict=True)]
+        return sum(
+            answers(events[made.id]) != [ids for ids, _ in found]
+            for made, found in zip(requests, expected, strict=True)
+        )
+
+
+@pytest.fixture(scope="module", name="family", params=FAMILIES)
+def each_family(request: pytest.FixtureRequest) -> Family:
+    return Family(request.param)
+
+
+def test_beams_among_rows_of_other_prefixes_find_what_each_finds_alone(family):
+    searches = drawn(0, 12)
+    prefixes = [family.prefix(index, search.prefix or 4) for index, search in enumerate(searches)]
+    requests = [family.request(*each) for each in zip(range(12), searches, prefixes, strict=True)]
+    events = run(make_engine(family.served), requests, [search.arrives for search in searches])
+    for made, search, prefix in zip(requests, searches, prefixes, strict=True):
+        found, expected = hypotheses(events[made.id]), family.by_transformers(search, prefix)
+        assert [list(answer.token_ids) for answer in found] == [ids for ids, _ in expected], search
+        assert [answer.score for answer in found] == pytest.approx([score for _, score in expected], rel=1e-4, abs=1e-5)
+
+
+def test_what_would_be_wrong_is_seen(family, monkeypatch):
+    """The controls: each stack of another seed, the soft prompt of another, and beams left where they were."""
+    searches = drawn(3, 4, num_beams=4, new=8, length_penalty=1.0, prefix=7, end_bias=3.0, ends=(EOS, 60, 61))
+    for index in range(1, len(SETS)):
+        right = [family.prefix(index, 7)] * len(searches)
+        assert family.disagreements(searches, right, right) == 0
+        assert family.disagreements(searches, right, [family.prefix(index, 8)] * len(searches)) > 1, SETS[index]
+    with monkeypatch.context() as patch:
+        patch.setattr(BeamGroup, "_take_copies", lambda self: self._copies.clear() or [])
+        assert family.disagreements(searches, right, right) > 1
