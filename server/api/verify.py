@@ -60,7 +60,6 @@ async def verify(request: Request, ref: str, services: Serving, caller: Calling)
 
 
 async def _verify(ref: str, services: Services, caller: Caller) -> dict[str, Any]:
-    references.decoder_only(services, "be verified")
     prefix = await to_thread.run_sync(references.load, services, ref, caller)
     others = await to_thread.run_sync(_others, services, caller, prefix)
     evidence = await _ask(services, caller, prefix.payload, [other.payload for other in others])
@@ -112,7 +111,10 @@ async def _run(services: Services, caller: Caller, rows: Sequence[Row], of_inter
             order.append(delta.index)
     finally:
         call.abort()
-    answers = [Answer(row.prompt, tuple(choice.logprobs)) for row, choice in zip(rows, call.choices, strict=True)]
+    answers = [
+        Answer(made.prompt_ids, tuple(choice.logprobs), made.source_ids)
+        for made, choice in zip(requests, call.choices, strict=True)
+    ]
     return answers[:of_interest], min(_beside(index, order) for index in range(of_interest))
 
 
@@ -122,6 +124,9 @@ def _request(name: str, row: Row, services: Services, caller: Caller) -> Generat
     params = SamplingParams(
         max_tokens=max(1, min(ANSWER, room)), temperature=0.0, ignore_eos=True, logprobs=ALTERNATIVES
     )
+    if services.frozen.is_encoder_decoder:  # without rules of its own, which are no part of its logits
+        start = (services.frozen.start_id,)
+        return GenerationRequest(name, caller.tenant, start, params, row.prefix, source_ids=row.prompt)
     return GenerationRequest(name, caller.tenant, row.prompt, params, row.prefix)
 
 

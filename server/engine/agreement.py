@@ -10,10 +10,11 @@ from itertools import takewhile
 import torch
 from transformers import DynamicCache
 
-from prefix_store.model import apply
-from prefix_store.model.apply import PrefixRows
+from prefix_store.geometry import Stack
+from prefix_store.model import apply, both
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.model.memory import Memory
+from prefix_store.model.rows import PrefixRows, StackRows, stacked
 from prefix_store.prefix import Window
 from server.engine import reference
 from server.engine.self_test import INT8_TOLERANCE, TOLERANCES
@@ -25,10 +26,14 @@ APART = 4.0
 
 @dataclass(frozen=True)
 class Answer:
-    """A prompt, and the greedy tokens that followed it, each with its log-probability and the likeliest others."""
+    """A prompt, and the greedy tokens that followed it, each with its log-probability and the likeliest others.
+
+    An encoder-decoder model has read the `source`, and what its decoder begins with is the prompt.
+    """
 
     prompt: tuple[int, ...]
     entries: tuple[TokenLogprob, ...]
+    source: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> list[int]:
@@ -67,7 +72,9 @@ class Judge:
         self._prefix = prefix
         # what transformers has no notion of is left to the reference that training uses, still without the engine
         self.is_plain = prefix is None or (
-            prefix.feature_map is None and (prefix.slides or not served.has_sliding_window)
+            not served.is_encoder_decoder
+            and prefix.feature_map is None
+            and (prefix.slides or not served.has_sliding_window)
         )
         self._frozen = reference.plain(served) if self.is_plain else reference.attached(served)
 
@@ -75,7 +82,10 @@ class Judge:
     def logits(self, answer: Answer) -> torch.Tensor:
         """`[N, V]`, float32: what each of the answer's tokens is chosen from, given those before it."""
         ids = [*answer.prompt, *answer.tokens][:-1]
-        logits = self._plain(ids) if self.is_plain else self._by_reference(ids)
+        if self._frozen.is_encoder_decoder:
+            logits = self._over_source(answer.source, ids)
+        else:
+            logits = self._plain(ids) if self.is_plain else self._by_reference(ids)
         return logits[len(answer.prompt) - 1 :].float()
 
     def _plain(self, ids: list[int]) -> torch.Tensor:
@@ -100,7 +110,22 @@ class Judge:
     def _by_reference(self, ids: list[int]) -> torch.Tensor:
         prefix, device = self._prefix, self._frozen.device
         assert prefix is not None  # the bare model is plain
-        own, tensor = torch.tensor([ids], device=device), prefix.tensor.to(device)
+        own = torch.tensor([ids], device=device)
+        return apply.logits(self._frozen, own, torch.ones_like(own), self._rows(prefix))[0]
+
+    def _over_source(self, source: tuple[int, ...], ids: list[int]) -> torch.Tensor:
+        """`[T, V]`: transformers has no place for keys and values ahead of the encoder's and the cross-attention's."""
+        device, prefix = self._frozen.device, self._prefix
+        read, own = (torch.tensor([one], device=device) for one in (source, ids))
+        if prefix is None:
+            found: torch.Tensor = self._frozen.model(input_ids=read, decoder_input_ids=own, use_cache=False).logits
+            return found[0]
+        masks = torch.ones_like(read), torch.ones_like(own)
+        return both.logits(self._frozen, read, masks[0], own, masks[1], self._stacks(prefix))[0]
+
+    def _rows(self, prefix: PrefixPayload) -> PrefixRows:
+        """What stands in front of a decoder's own keys and values, and a memory beside them."""
+        tensor = prefix.tensor.to(self._frozen.device)
         memory, kv = None, tensor
         if prefix.feature_map is not None:
             layers, two, heads, dim = self._frozen.geometry.kv_shape
@@ -108,8 +133,18 @@ class Judge:
         elif prefix.is_embeds:
             kv = apply.prefill_embeds(self._frozen, tensor)
         window = Window.SLIDES if prefix.slides else Window.ALWAYS
-        rows = PrefixRows.stack([kv], [prefix.position_offset], [window], [memory])
-        return apply.logits(self._frozen, own, torch.ones_like(own), rows)[0]
+        return PrefixRows.stack([kv], [prefix.position_offset], [window], [memory])
+
+    def _stacks(self, prefix: PrefixPayload) -> StackRows:
+        """The same for an encoder-decoder model, whose soft prompts stand in front of the source."""
+        device = self._frozen.device
+        if prefix.is_embeds:
+            return StackRows.prompt(prefix.tensor.to(device), 1)
+        if prefix.feature_map is not None:
+            return stacked(self._rows(prefix), 1, device)
+        kvs = {Stack.SELF: prefix.tensor, Stack.CROSS: prefix.cross, Stack.ENCODER: prefix.encoder}
+        found = {stack: kv.to(device) for stack, kv in kvs.items() if kv is not None}
+        return StackRows.shared(found, 1, prefix.position_offset)
 
 
 def tolerance(frozen: FrozenModel, logits: Sequence[torch.Tensor]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -19,6 +20,7 @@ from prefix_store.prefix import Method, PrefixManifest
 from prefix_store.store import Store
 from prefix_store.tensors import STACKS
 from server.app import create_app
+from server.engine import batch
 from server.engine.engine import Engine, choose_slots
 from server.engine.prefix_loader import PrefixLoader
 from server.scheduler.limits import Limits
@@ -139,8 +141,26 @@ def test_what_makes_no_sense_is_refused(running: Running) -> None:
     assert f"reads at most {CONTEXT} tokens; the request has {CONTEXT + P}, {P} of them" in long["message"]
     far = refusal(client.post("/generate", json={**GREEDY, "max_tokens": CONTEXT}))
     assert far["code"] == "context_length_exceeded"
-    for route, verb in (("inspect", client.get), ("verify", client.post)):
-        assert "encoder-decoder" in refusal(verb(f"/v1/prefixes/all/{route}"))["message"]
+    assert "encoder-decoder" in refusal(client.get("/v1/prefixes/all/inspect"))["message"]
+
+
+@pytest.mark.parametrize("name", ["all", "soft"])
+def test_verification_passes_and_sees_rows_that_read_anothers_source(
+    running: Running, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, _ = running
+    found = client.post(f"/v1/prefixes/{name}/verify").json()
+    assert found["ok"], found
+    assert all(check["max_logprob_difference"] < 1e-4 for check in found["checks"])
+    assert min(control["mean_logprob_difference"] for control in found["controls"]) > 1e-2
+    items = batch.cross_items
+
+    def misplaced(rows: Any) -> Any:
+        return [replace(item, kv_hi=item.kv_hi - 1) if item.kv_hi - item.kv_lo > 1 else item for item in items(rows)]
+
+    monkeypatch.setattr(batch, "cross_items", misplaced)
+    found = client.post(f"/v1/prefixes/{name}/verify").json()
+    assert [check["ok"] for check in found["checks"][:2]] == [False, False]
 
 
 def test_the_whole_context_is_for_source_and_answer_each(running: Running) -> None:
