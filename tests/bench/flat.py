@@ -24,7 +24,6 @@ from prefix_store.model import frozen as models
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import Method, PrefixManifest, PrefixRef, PrefixVersion
 from prefix_store.store import Store
-from server.engine.loop import EngineLoop
 from server.engine.prefix_loader import PrefixLoader
 from server.scheduler.messages import GenerationRequest
 from tests.bench import goals, traffic
@@ -33,6 +32,7 @@ from tests.bench.progress import say
 from tests.bench.results import Kept, paired_ratio, percentiles
 from tests.bench.traffic import Visit
 from tests.bench.workload import W, Workload
+from tests.server import loops
 
 SECTION = "flat"
 TENANT = "bench"
@@ -118,8 +118,7 @@ def run(
         bare = requests[index]
         return GenerationRequest(bare.id, bare.tenant, bare.prompt_ids, bare.params, loader.load(version).payload)
 
-    loop = EngineLoop(engine)
-    loop.start()
+    loop = loops.running(engine)
     try:
         visits = traffic.closed(loop, len(requests), size.rows, prepare)
         stats = loop.stats()

@@ -21,6 +21,7 @@ from tests.bench.progress import say
 from tests.bench.results import Kept, percentile, percentiles
 from tests.bench.shapes import LLAMA_19M, Shape
 from tests.bench.workload import Item, W, Workload
+from tests.server import loops
 
 SECTION = "latency"
 PLOT = "latency.svg"
@@ -52,8 +53,7 @@ def measure(kept: Kept, size: Size = Size()) -> dict[str, Any]:
     engine = engine_of(size.shape.frozen(), slots=size.slots, rows=size.rows)
     payloads = workload.payloads(size.workload, engine.frozen.geometry)
     alone = kept.part("alone", lambda: _alone(engine, payloads, size))
-    loop = EngineLoop(engine)
-    loop.start()
+    loop = loops.running(engine)
     try:
         unloaded = kept.part("unloaded", lambda: _unloaded(loop, payloads, size))
         capacity = kept.part("capacity", lambda: _capacity(loop, payloads, size))

@@ -16,12 +16,11 @@ from prefix_store.store import Store
 from prefix_store.tenants import DEFAULT_TENANT
 from server.app import create_app
 from server.engine.engine import Engine
-from server.engine.loop import EngineLoop
 from server.engine.prefix_loader import PrefixLoader
 from server.scheduler.scheduler import Limits
 from tests.docs import page
 from tests.models import tiny_frozen
-from tests.server import artefacts
+from tests.server import artefacts, loops
 from tests.server.over_http import serving
 
 CLIENTS = Path(__file__).parents[1] / "clients"
@@ -35,8 +34,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     for name in ("plays", "carroll"):
         tensors = {"self.kv": artefacts.random_kv(frozen, 4)}
         store.prefixes.save(DEFAULT_TENANT, name, artefacts.manifest(frozen, 4), tensors)
-    loop = EngineLoop(Engine(frozen, Limits(1024, 8, 64, 512, 64)))
-    loop.start()
+    loop = loops.running(Engine(frozen, Limits(1024, 8, 64, 512, 64)))
     app = create_app(store, frozen, loop, PrefixLoader(store.prefixes, frozen, 1 << 20), chat_template=CHAT)
     with structlog.testing.capture_logs(), serving(app) as found:
         yield found

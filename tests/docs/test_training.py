@@ -14,10 +14,10 @@ import structlog
 from prefix_store.store import Store
 from server.app import create_app
 from server.engine.engine import Engine
-from server.engine.loop import EngineLoop
 from server.engine.prefix_loader import PrefixLoader
 from server.scheduler.scheduler import Limits
 from tests.models import tiny_frozen
+from tests.server import loops
 from tests.server.over_http import serving
 from trainer.worker import Worker
 
@@ -30,8 +30,7 @@ def url(tmp_path: Path) -> Iterator[str]:
     where = f"sqlite:///{tmp_path}/store.db"
     store, trainers = Store.open(where), Store.open(where)
     frozen = dataclasses.replace(tiny_frozen("llama"), name="antefix-demo")
-    loop = EngineLoop(Engine(frozen, Limits(1024, 8, 64, 512, 64)))
-    loop.start()
+    loop = loops.running(Engine(frozen, Limits(1024, 8, 64, 512, 64)))
     app = create_app(store, frozen, loop, PrefixLoader(store.prefixes, frozen, 1 << 20))
     worker = Worker(trainers, tiny_frozen("llama"), "w", say=lambda line: None)
     thread = threading.Thread(target=worker.run, args=(0.05,), daemon=True)

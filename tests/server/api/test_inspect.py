@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 from prefix_store import codec
 from prefix_store.model import apply, attended, stored
 from prefix_store.store import Store
+from server.api import aside
 from server.api import inspect as route
 from server.engine import int8_linear
 from tests.models import random_kv, tiny_frozen
@@ -19,6 +20,12 @@ from tests.server import artefacts
 from tests.server.live import Live, serving
 
 TEXT = "The old man"
+
+
+@pytest.fixture(autouse=True)
+def in_no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside another test on the same core its low priority would make this ten times as long."""
+    monkeypatch.setattr(aside, "LOW_PRIORITY", 0)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 
 from prefix_store import codec
 from prefix_store.store import Store
+from server.api import aside
 from server.engine import batch, int8_linear
 from server.engine import engine as engine_module
 from server.scheduler.plan import Load
@@ -21,6 +22,12 @@ from tests.server import artefacts
 from tests.server.live import LIMITS, Live, serving
 
 MIXED_UP = 4  # rows from which on a step is a mixed one
+
+
+@pytest.fixture(autouse=True)
+def in_no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside another test on the same core its low priority would make this ten times as long."""
+    monkeypatch.setattr(aside, "LOW_PRIORITY", 0)
 
 
 @pytest.fixture
