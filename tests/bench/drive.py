@@ -1,19 +1,23 @@
-"""The engine driven by hand: step after step on this thread, with what each step took."""
+"""The engine driven by hand, step after step on this thread, with what each step took; or by its loop."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
 from prefix_store.model.frozen import FrozenModel
 from server.engine.engine import Engine
+from server.engine.loop import EngineLoop
 from server.scheduler.messages import FinishReason, GenerationRequest, TokenEvent
 from server.scheduler.scheduler import Limits
 
 Tokens = list[list[int]]
+T = TypeVar("T")
 
 
 def engine_of(frozen: FrozenModel, *, slots: int, backend: str | None = None, **limits: int) -> Engine:
@@ -77,3 +81,20 @@ def decode_seconds(engine: Engine, requests: list[GenerationRequest], steps: int
 def dtype_name(dtype: torch.dtype) -> str:
     """float32, bfloat16."""
     return str(dtype).removeprefix("torch.")
+
+
+def beside(engine: Engine, work: Callable[[EngineLoop], T]) -> T:
+    """`work` in a thread beside the engine's loop, which has this one, the only one that computes, as in a server."""
+    loop = EngineLoop(engine)
+
+    def run() -> T:
+        torch.set_num_threads(1)
+        try:
+            return work(loop)
+        finally:
+            loop.stop()
+
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(run)
+        loop.run()
+        return found.result()

@@ -24,15 +24,15 @@ from prefix_store.model import frozen as models
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import Method, PrefixManifest, PrefixRef, PrefixVersion
 from prefix_store.store import Store
+from server.engine.loop import EngineLoop, EngineStats
 from server.engine.prefix_loader import PrefixLoader
 from server.scheduler.messages import GenerationRequest
 from tests.bench import goals, traffic
-from tests.bench.drive import engine_of
+from tests.bench.drive import beside, engine_of
 from tests.bench.progress import say
 from tests.bench.results import Kept, paired_ratio, percentiles
 from tests.bench.traffic import Visit
 from tests.bench.workload import W, Workload
-from tests.server import loops
 
 SECTION = "flat"
 TENANT = "bench"
@@ -118,12 +118,10 @@ def run(
         bare = requests[index]
         return GenerationRequest(bare.id, bare.tenant, bare.prompt_ids, bare.params, loader.load(version).payload)
 
-    loop = loops.running(engine)
-    try:
-        visits = traffic.closed(loop, len(requests), size.rows, prepare)
-        stats = loop.stats()
-    finally:
-        loop.stop()
+    def drive(loop: EngineLoop) -> tuple[list[Visit], EngineStats]:
+        return traffic.closed(loop, len(requests), size.rows, prepare), loop.stats()
+
+    visits, stats = beside(engine, drive)
     return _figures(visits[2 * size.rows :] or visits, stats.steps) | {
         "rate_of_all": round(traffic.rate(visits), 1),
         "loads": stats.prefix_misses,

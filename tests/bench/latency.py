@@ -16,12 +16,11 @@ from server.engine.engine import Engine
 from server.engine.loop import EngineLoop
 from server.scheduler.messages import PrefixPayload
 from tests.bench import goals, plots, traffic, workload
-from tests.bench.drive import engine_of, is_busy, submit, timed_step
+from tests.bench.drive import beside, engine_of, is_busy, submit, timed_step
 from tests.bench.progress import say
 from tests.bench.results import Kept, percentile, percentiles
 from tests.bench.shapes import LLAMA_19M, Shape
 from tests.bench.workload import Item, W, Workload
-from tests.server import loops
 
 SECTION = "latency"
 PLOT = "latency.svg"
@@ -53,8 +52,8 @@ def measure(kept: Kept, size: Size = Size()) -> dict[str, Any]:
     engine = engine_of(size.shape.frozen(), slots=size.slots, rows=size.rows)
     payloads = workload.payloads(size.workload, engine.frozen.geometry)
     alone = kept.part("alone", lambda: _alone(engine, payloads, size))
-    loop = loops.running(engine)
-    try:
+
+    def drive(loop: EngineLoop) -> tuple[dict[str, float], float, dict[str, Any]]:
         unloaded = kept.part("unloaded", lambda: _unloaded(loop, payloads, size))
         capacity = kept.part("capacity", lambda: _capacity(loop, payloads, size))
         say(f"{capacity:.1f} requests/s at most; alone {alone}; unloaded {unloaded}")
@@ -63,8 +62,9 @@ def measure(kept: Kept, size: Size = Size()) -> dict[str, Any]:
             per_second = share / (1 / capacity + long * alone["long_prefill_ms"] / 1000)
             scenarios[name] = kept.part(name, lambda r=per_second, s=long: _scenario(loop, payloads, r, s, size))
             say(f"{name}: first token {scenarios[name]['first_token_ms']}, next {scenarios[name]['gap_ms']} ms")
-    finally:
-        loop.stop()
+        return unloaded, capacity, scenarios
+
+    unloaded, capacity, scenarios = beside(engine, drive)
     allowed = alone["prefill_ms"] + alone["step_ms"] + FURTHER_MS
     return {
         "what": f"{size.shape.name}, float32, {size.rows} rows, requests as in W",
