@@ -221,3 +221,11 @@ class ShuttingDown(GenerationFailed):
     """This server takes no more requests; another one, or a later one, does."""
 
     code = "shutting_down"
+
+    def __init__(
+        self,
+        message: str = "the server is shutting down; try again on another one or later",
+        *,
+        param: str | None = None,
+    ) -> None:
+        super().__init__(message, param=param)

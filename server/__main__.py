@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import signal
 from types import FrameType
 
 from server import logs, settings
 
+SETTINGS = "Settings are environment variables, ANTEFIX_…; docs/api.md lists them."
+
 
 def main() -> None:
     """Runs until SIGINT or SIGTERM, and then ends with status 0. What prevents a start is one line on stderr."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
+    argparse.ArgumentParser("python -m server", description=__doc__, epilog=SETTINGS).parse_args()
     chosen = settings.read()
     logs.configure()
     print("antefix starts …", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import signal
@@ -20,12 +21,14 @@ from trainer import settings
 from trainer.methods import METHODS, files
 from trainer.worker import Worker, say
 
+SETTINGS = "Settings are environment variables, ANTEFIX_…; docs/api.md lists them."
 METRICS_HOST = "127.0.0.1"
 GRACE_SECONDS = 6.0  # for a step under way when the process is told to stop, and for saving where every run stands
 
 
 def main() -> int:
     """Runs until SIGTERM or SIGINT; returns the exit status."""
+    argparse.ArgumentParser("python -m trainer", description=__doc__, epilog=SETTINGS).parse_args()
     chosen = settings.read()
     # threads beyond the free cores wait for one another at every operation; the server beside us needs cores as well
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))

@@ -139,7 +139,10 @@ def _refuse_web_pages(request: Request) -> None:
     foreign_page = origin is not None and origin.partition("://")[2] != host
     crossing = request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
     if foreign_page or crossing or not is_loopback(_name(host)):
-        raise Forbidden("this server has no API keys, so it does not answer web pages from elsewhere")
+        raise Forbidden(
+            "without API keys this server answers only who calls it by a loopback address, and no web page from "
+            "elsewhere; for all others make a key: antefix key new --tenant default --scope admin"
+        )
 
 
 def _name(host: str) -> str:

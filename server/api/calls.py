@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from prefix_store.errors import GenerationFailed
+from prefix_store.errors import GenerationFailed, ShuttingDown
 from server.api import outbox
 from server.scheduler.messages import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
 from server.text import TextStream
@@ -135,7 +135,7 @@ class Call:
                 self._loop.abort(request_id)
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """What the choices gain, as it comes, until all have ended. Raises GenerationFailed."""
+        """What the choices gain, as it comes, until all have ended. Raises GenerationFailed, ShuttingDown."""
         while not self.has_ended:
             event = await self._events.get()
             choices = self._by_id[event.request_id]
@@ -144,13 +144,15 @@ class Call:
                     yield self._apply(choice, own)
 
     async def finish(self) -> None:
-        """Waits until all choices have ended. Raises GenerationFailed."""
+        """Waits until all choices have ended. Raises GenerationFailed, ShuttingDown."""
         async for _ in self.deltas():
             pass
 
     def _apply(self, choice: Choice, event: TokenEvent) -> Delta:
         if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
             raise GenerationFailed(event.error or "the request was aborted")
+        if event.finish_reason is FinishReason.SHUTDOWN:
+            raise ShuttingDown()
         if event.token_ids and self.first_token_at is None:
             self.first_token_at = self._clock()
         known = len(choice.logprobs)

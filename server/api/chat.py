@@ -27,7 +27,8 @@ async def answer(request: Request, services: Serving, caller: Calling) -> Respon
     """Answers with a message for every choice, or with a stream of their pieces."""
     begun = services.clock()
     body = await schemas.read(request, ChatBody)
-    started = await _begin(body, services, caller, begun)
+    with body.as_written():
+        started = await _begin(body, services, caller, begun)
     if body.stream:
         return generation.stream(started, Reply.to(body, started, "chat.completion.chunk").chunks(_pieces(started)))
     await generation.finish(started, request)

@@ -31,7 +31,8 @@ async def complete(request: Request, services: Serving, caller: Calling) -> Resp
     """Answers with the whole text of every choice, or with a stream of their pieces."""
     begun = services.clock()
     body = await schemas.read(request, CompletionBody)
-    started = await _begin(body, services, caller, begun)
+    with body.as_written():
+        started = await _begin(body, services, caller, begun)
     reply = Reply.to(body, started, "text_completion")
     if body.stream:
         return generation.stream(started, reply.chunks(_pieces(started, body)))

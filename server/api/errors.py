@@ -47,7 +47,7 @@ HEADERS = {
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 STATUS_CODES = {404: "route_not_found", 405: "method_not_allowed"}
 ARMS = ("list[", "dict[", "literal[")  # how pydantic names the arms of a union, beside plain types
-LONGEST = 500
+LONGEST, LONGEST_PATH = 500, 60
 
 
 def body(error: AntefixError) -> dict[str, Any]:
@@ -123,10 +123,15 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
     """Starlette's own: no such route, no such method, a multipart body that cannot be read."""
     assert isinstance(error, HTTPException)
-    code = STATUS_CODES.get(error.status_code, "invalid_request")
-    kind = INVALID if error.status_code < 500 else SERVER
-    headers = error.headers if error.status_code != 405 else {"allow": ", ".join(_methods(request))}
-    return JSONResponse(_body(str(error.detail), kind, None, code), error.status_code, headers=headers)
+    status, headers, message = error.status_code, error.headers, str(error.detail)
+    asked = f"{request.method} {request.url.path[:LONGEST_PATH]}"
+    if status == 404:
+        message = f"there is no route {asked}; /openapi.json lists those that there are"
+    elif status == 405:
+        headers = {"allow": ", ".join(_methods(request))}
+        message = f"there is no {asked}; allowed: {headers['allow']}"
+    code = STATUS_CODES.get(status, "invalid_request")
+    return JSONResponse(_body(message, INVALID if status < 500 else SERVER, None, code), status, headers=headers)
 
 
 def _methods(request: Request) -> list[str]:

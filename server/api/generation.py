@@ -22,7 +22,7 @@ from server.api.auth import Caller
 from server.api.calls import Call
 from server.api.prompts import Prompt
 from server.api.references import ServedPrefix
-from server.api.schemas import SamplingFields
+from server.api.schemas import ALL, SamplingFields
 from server.api.services import Services
 from server.scheduler.messages import FinishReason, GenerationRequest
 from server.scheduler.sampling_params import SamplingParams
@@ -114,7 +114,7 @@ def sampling(
         max_tokens=room if fields.max_tokens is None else fields.max_tokens,
         temperature=fields.temperature,
         top_p=fields.top_p,
-        top_k=fields.top_k,
+        top_k=0 if fields.top_k == ALL else fields.top_k,
         min_p=fields.min_p,
         repetition_penalty=fields.repetition_penalty,
         presence_penalty=fields.presence_penalty,

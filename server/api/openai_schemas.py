@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from prefix_store.errors import InvalidRequest
 from server.api import structured
@@ -37,6 +41,17 @@ class LenientBody(BaseModel):
                 where = cls.WHERE + name
                 raise InvalidRequest(f"{where} is not supported by this server", param=where)
         return {name: value for name, value in data.items() if value is not None}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        made = super().__get_pydantic_json_schema__(core, handler)
+        whole = handler.resolve_ref_schema(made)
+        for name, field in whole.get("properties", {}).items():
+            arms = field.get("anyOf", [])
+            if name not in whole.get("required", ()) and {"type": "null"} not in arms:
+                kept = {key: field.pop(key) for key in ("title", "default", "description") if key in field}
+                whole["properties"][name] = {**kept, "anyOf": [*(arms or [field]), {"type": "null"}]}
+        return made
 
 
 class StreamOptions(LenientBody):
@@ -78,6 +93,17 @@ class AnswerBody(SamplingFields, LenientBody):
             return data
         newer = data.get("max_completion_tokens")
         return structured.by_newer_name(data if newer is None else {**data, "max_tokens": newer})
+
+    @contextmanager
+    def as_written(self) -> Iterator[None]:
+        """What is wrong with a field is said of the name that the caller gave it."""
+        try:
+            yield
+        except InvalidRequest as error:
+            if self.max_completion_tokens is None or error.param != "max_tokens":
+                raise
+            newer = "max_completion_tokens"
+            raise type(error)(error.message.replace("max_tokens", newer), param=newer) from None
 
 
 class CompletionBody(AnswerBody):

@@ -8,6 +8,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
 
+from prefix_store.errors import AntefixError, JobNotFound, ModelNotFound, NoSuchFile, PrefixNotFound
 from server.api import errors, shapes
 from server.api.auth import OPEN
 from server.api.documented import KEYED, ROWS, WITH_BODY, Row
@@ -51,6 +52,21 @@ SCHEMES = {
 }
 # The first error of each status stands for all: its code and its type.
 REFUSALS = {status: (kind.code, type_) for kind, (status, type_) in reversed(errors.TABLE.items())}
+# What is missing where, by how the route begins.
+MISSING: dict[str, type[AntefixError]] = {
+    "/v1/prefixes": PrefixNotFound,
+    "/generate": PrefixNotFound,
+    "/v1/jobs": JobNotFound,
+    "/v1/fine_tuning": JobNotFound,
+    "/v1/files": NoSuchFile,
+}
+EVERYWHERE = {"x-request-id": {"description": "The caller's own, or one for the log", "schema": {"type": "string"}}}
+WAIT = {"retry-after": {"description": "In seconds", "schema": {"type": "string"}}}
+RATES = {
+    f"x-ratelimit-{part}-{what}": {"description": "Where the tenant has such a quota", "schema": {"type": "string"}}
+    for part in ("limit", "remaining", "reset")
+    for what in ("requests", "tokens")
+}
 router = APIRouter()
 
 
@@ -78,10 +94,14 @@ def document(app: FastAPI) -> dict[str, Any]:
 def _describe(operation: dict[str, Any], route: tuple[str, str], row: Row, components: dict[str, Any]) -> None:
     operation["responses"] = {str(row.status): _reply(row, components)}
     for status in _others(route, row):
-        operation["responses"][str(status)] = _refusal(status) if status != 304 else {"description": DESCRIPTIONS[304]}
+        operation["responses"][str(status)] = _refusal(status, route[1])
     if route == ("GET", "/readyz"):
         content = {JSON: {"schema": _shape(shapes.Readiness, components), "example": {"model": True, "store": False}}}
         operation["responses"]["503"] = {"description": "Not all of it works", "content": content}
+    for status, reply in operation["responses"].items():
+        waits = WAIT if status in ("429", "503") else {}
+        rated = RATES if row.streams and status in ("200", "429") else {}
+        reply["headers"] = EVERYWHERE | waits | rated
     if route[1] not in OPEN:
         # {}: on loopback, before the first key is made
         operation["security"] = [{name: []} for name in SCHEMES] + [{}]
@@ -109,8 +129,12 @@ def _reply(row: Row, components: dict[str, Any]) -> dict[str, Any]:
     return {"description": DESCRIPTIONS[row.status], "content": content}
 
 
-def _refusal(status: int) -> dict[str, Any]:
+def _refusal(status: int, path: str) -> dict[str, Any]:
+    if status == 304:
+        return {"description": DESCRIPTIONS[304]}
     code, kind = REFUSALS[status]
+    if status == 404:
+        code = next((kind.code for begin, kind in MISSING.items() if path.startswith(begin)), ModelNotFound.code)
     example = {"error": {"message": DESCRIPTIONS[status], "type": kind, "param": None, "code": code}}
     schema = {"$ref": REFERENCE.format(model="Error")}
     return {"description": DESCRIPTIONS[status], "content": {JSON: {"schema": schema, "example": example}}}

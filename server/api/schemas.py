@@ -7,8 +7,18 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from anyio import to_thread
 from fastapi import Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from prefix_store import examples
 from prefix_store.errors import InvalidRequest
@@ -17,7 +27,7 @@ from server.api import errors, hints
 from server.api.reading import look_through
 from server.api.services import services
 from server.api.structured import ResponseFormat, StructuredOutputs
-from server.scheduler.sampling_params import MAX_BIASES
+from server.scheduler.sampling_params import MAX_BIASES, RANGES
 
 SMALL = 32 * 1024  # bytes of a body that is read at once
 
@@ -25,6 +35,7 @@ SMALL = 32 * 1024  # bytes of a body that is read at once
 Integer = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 # the first wrong item is enough: an error for each of a million would keep every other call waiting
 Integers = Annotated[list[Integer], Field(fail_fast=True)]
+ALL = -1  # vLLM's word for no top_k
 LONGEST_TEXT = 100_000  # characters of a text that comes with a job beside its examples
 # as Python writes an id, so that none can be given twice
 TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
@@ -111,6 +122,16 @@ class SamplingFields(BaseModel):
     stream: bool = False
     user: str | None = Field(default=None, max_length=256)
     timeout_s: float | None = Field(default=None, gt=0, le=86_400)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        made = super().__get_pydantic_json_schema__(core, handler)
+        fields = handler.resolve_ref_schema(made)["properties"]
+        for name, (low, high) in RANGES.items():
+            for arm in fields[name].get("anyOf", [fields[name]]):
+                if arm.get("type") != "null":
+                    arm |= {"minimum": ALL if name == "top_k" else low, "maximum": high}
+        return made
 
 
 class GenerateBody(SamplingFields, Body):

@@ -16,7 +16,6 @@ from server.scheduler.plan import StepPlan
 
 EventSink = Callable[[TokenEvent], None]
 FAILED = "the engine failed; the server must be restarted"
-STOPPED = "the server is shutting down; try again on another one or later"
 _log = logging.getLogger(__name__)
 
 
@@ -84,7 +83,7 @@ class EngineLoop:
         seed = request.params.seed if request.params.seed is not None else secrets.randbits(63)
         with self._changed:
             if self._stopping:
-                raise ShuttingDown(STOPPED)
+                raise ShuttingDown()
             self._scheduler.add(request, seed)
             self._sinks[request.id] = on_event
             self._changed.notify()
@@ -102,7 +101,7 @@ class EngineLoop:
         """
         with self._changed:
             if self._stopping:
-                raise ShuttingDown(STOPPED)
+                raise ShuttingDown()
             self._scheduler.space.preload(payload, holder)
             self._preloading.append(Future())
             self._changed.notify()
@@ -139,16 +138,16 @@ class EngineLoop:
                 preemptions=scheduler.preemptions,
             )
 
-    def stop(self, error: str = STOPPED) -> None:
-        """Ends every request with that error, and `run` after its current step."""
+    def stop(self) -> None:
+        """Ends `run` after its current step, and every request, as the server is shutting down."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
         if self._is_running:
             self._ended.wait()
         with self._changed:
-            events = self._scheduler.fail_all(error)
-        _settle(self._preloading, ShuttingDown(error))
+            events = self._scheduler.end_all()
+        _settle(self._preloading, ShuttingDown())
         self._deliver(events)
 
     @property

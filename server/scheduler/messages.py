@@ -18,6 +18,7 @@ class FinishReason(StrEnum):
     ABORT = "abort"
     TIMEOUT = "timeout"
     ERROR = "error"
+    SHUTDOWN = "shutdown"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,20 @@ MAX_LOGPROBS = 20
 MAX_BIASES = 1024
 MAX_BEAMS = 64
 INT64 = -(2**63), 2**63 - 1
+# Both ends may be had, but for a `top_p` of 0.
+RANGES: dict[str, tuple[float, float]] = {
+    "max_tokens": (0, MAX_TOKENS),
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "top_k": (0, 2**31 - 1),
+    "min_p": (0.0, 1.0),
+    # vLLM takes any above 0; within these float32 neither overflows nor loses the penalty
+    "repetition_penalty": (0.01, 100.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "num_beams": (1, MAX_BEAMS),
+    "length_penalty": (-10.0, 10.0),
+}
 
 
 @dataclass(frozen=True)
@@ -59,20 +73,13 @@ class SamplingParams:
         if self.max_tokens == 0 and not self.echo:
             but = "0 is for routes that echo: with `echo` true the prompt is scored and nothing is said"
             raise InvalidRequest(f"max_tokens must be from 1 to {MAX_TOKENS}, got 0; {but}", param="max_tokens")
-        _within("max_tokens", self.max_tokens, 0, MAX_TOKENS)
+        for name, ends in RANGES.items():
+            _within(name, getattr(self, name), *ends)
         if not 0 <= self.min_tokens <= self.max_tokens:
             expected = f"from 0 to max_tokens, which is {self.max_tokens}"
             raise InvalidRequest(f"min_tokens must be {expected}, got {self.min_tokens}", param="min_tokens")
-        _within("temperature", self.temperature, 0.0, 100.0)
-        _within("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0:
             raise InvalidRequest("top_p must be above 0", param="top_p")
-        _within("top_k", self.top_k, 0, 2**31 - 1)
-        _within("min_p", self.min_p, 0.0, 1.0)
-        # vLLM takes any above 0; within these float32 neither overflows nor loses the penalty
-        _within("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-        _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         self._check_logit_bias()
         if self.seed is not None:
             _within("seed", self.seed, *INT64)
@@ -95,8 +102,6 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     def _check_beams(self) -> None:
-        _within("num_beams", self.num_beams, 1, MAX_BEAMS)
-        _within("length_penalty", self.length_penalty, -10.0, 10.0)
         if self.num_beams == 1:
             if (self.length_penalty, self.early_stopping) != (1.0, False):
                 name = "length_penalty" if self.length_penalty != 1 else "early_stopping"

@@ -119,10 +119,9 @@ class Scheduler:
         self.space.preloads.miss_none()  # it may be one of them that broke the step
         return events
 
-    def fail_all(self, error: str) -> list[TokenEvent]:
-        """Ends what is running and what is waiting."""
-        waiting = [self._finish(sequence, FinishReason.ERROR, error) for sequence in list(self.waiting)]
-        return self.fail_running(error) + waiting
+    def end_all(self) -> list[TokenEvent]:
+        """Ends what is running and what is waiting, as nothing more will be run."""
+        return [self._finish(sequence, FinishReason.SHUTDOWN) for sequence in [*self.running, *self.waiting]]
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless slots, lines and counters are in order and every sequence is in one place."""

@@ -129,7 +129,7 @@ def test_what_asks_for_no_other_kind_of_answer_is_passed_over(client: TestClient
         ({**BODY, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({**BODY, "tools": [{"type": "function"}]}, "tools"),
         ({**BODY, "response_format": {"type": "xml"}}, "response_format.type"),
-        ({**BODY, "max_completion_tokens": 0}, "max_tokens"),
+        ({**BODY, "max_completion_tokens": 0}, "max_completion_tokens"),
     ],
 )
 def test_a_bad_field_is_400_and_named(client: TestClient, body: dict[str, Any], param: str) -> None:

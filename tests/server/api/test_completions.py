@@ -288,3 +288,19 @@ def test_a_prefix_named_as_in_generate_is_refused_and_not_passed_over(
 ) -> None:
     reply = client.post("/v1/completions", json={**BASE, "model": model, "prefix_id": prefix})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, "prefix_id")
+
+
+@pytest.mark.parametrize(("given", "said"), [(0, "must be from 1"), (-1, "must be from 0"), (10**7, "got 10000000")])
+def test_an_error_names_the_field_as_it_was_written(client: TestClient, given: int, said: str) -> None:
+    for name in ("max_tokens", "max_completion_tokens"):
+        body = {"model": "tiny-llama", "prompt": "x", name: given}
+        error = client.post("/v1/completions", json=body).json()["error"]
+        assert (error["param"], said in error["message"]) == (name, True)
+        assert error["message"].startswith(f"{name} must be")
+
+
+def test_minus_one_is_no_top_k(client: TestClient, loop: FakeLoop) -> None:
+    assert client.post("/v1/completions", json={"model": "tiny-llama", "prompt": "x", "top_k": -1}).status_code == 200
+    assert loop.requests[0].params.top_k == 0
+    error = client.post("/v1/completions", json={"model": "tiny-llama", "prompt": "x", "top_k": -2}).json()["error"]
+    assert error["param"] == "top_k"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +127,23 @@ def test_a_time_that_runs_out_is_a_length_to_clients_that_know_openai_s_words(
 def test_our_own_route_says_timeout(client: TestClient) -> None:
     body = {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "timeout_s": 0.02}
     assert post(client, "/generate", **body)["finish_reason"] == "timeout"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+def test_a_server_that_stops_says_so_to_whom_it_was_answering(store: Store, path: str, stream: bool) -> None:
+    with serving(store) as running, ThreadPoolExecutor(1) as pool:
+        body = {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": stream}
+        model = {"model": running.frozen.name} if path != "/generate" else {}
+        loop = running.client.app.state.services.loop
+        asked = pool.submit(running.client.post, path, json={**body, **model})
+        while loop.stats().generated_tokens < 3:
+            time.sleep(0.001)
+        loop.stop()
+        reply = asked.result()
+    if stream:
+        last = [line for line in reply.text.split("\n\n") if line.startswith("data: {")][-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
+    else:
+        assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+        assert reply.json()["error"]["code"] == "shutting_down"

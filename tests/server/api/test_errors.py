@@ -55,7 +55,11 @@ def test_the_framework_s_own_errors_have_our_shape(
 ) -> None:
     reply = client.request(method, path)
     assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
-    assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+    error = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    if status != 400:
+        assert f"{method} {path}" in error["message"]
+        assert ("/openapi.json" if status == 404 else "allowed: POST") in error["message"]
 
 
 # What an address may be asked for, with its methods; HEAD goes with GET.

@@ -124,12 +124,13 @@ def test_every_route_is_in_it_with_its_errors_and_examples(document: dict[str, A
 
 def test_it_says_how_many_choices_there_may_be(live: Live, document: dict[str, Any]) -> None:
     for body, path in (("GenerateBody", "/generate"), ("CompletionBody", "/v1/completions")):
-        counted = document["components"]["schemas"][body]["properties"]["n"]
+        field = document["components"]["schemas"][body]["properties"]["n"]
+        counted = field.get("anyOf", [field])[0]
         assert (counted["minimum"], counted["maximum"]) == (1, 64)
         asked = {"model": FROZEN.name} if path.startswith("/v1") else {}
         reply = live.client.post(path, json={**asked, "prompt": "x", "n": 65})
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, "n")
-    assert document["components"]["schemas"]["ChatBody"]["properties"]["n"] == counted
+    assert document["components"]["schemas"]["ChatBody"]["properties"]["n"] == field
 
 
 @pytest.mark.parametrize("route", ROWS, ids=" ".join)
@@ -209,3 +210,35 @@ def test_a_status_that_is_left_out_and_a_field_of_another_type_are_found(
         with pytest.raises(BaseExceptionGroup) as caught:
             case.validate_response(case.call(base_url=url), checks=CHECKS)
         assert failure in str([error.title for error in caught.value.exceptions])
+
+
+def test_ranges_and_nulls_are_those_that_are_taken(live: Live, document: dict[str, Any]) -> None:
+    """At both ends of each range, and nowhere beyond; null wherever it is said to be one."""
+    fields = document["components"]["schemas"]["CompletionBody"]["properties"]
+    body = {"model": FROZEN.name, "prompt": "x", "max_tokens": 1}
+
+    def status(**changes: Any) -> int:
+        return live.client.post("/v1/completions", json={**body, **changes}).status_code
+
+    for name in ("temperature", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+        number, null = fields[name]["anyOf"]
+        assert (status(**{name: number["minimum"]}), status(**{name: number["maximum"]})) == (200, 200), name
+        assert status(**{name: number["minimum"] - 1}) == status(**{name: number["maximum"] + 1}) == 400, name
+        assert null == {"type": "null"}
+    nullable = [name for name, field in fields.items() if {"type": "null"} in field.get("anyOf", [])]
+    assert set(nullable) == set(fields) - {"model", "prompt"}
+    assert status(**dict.fromkeys(nullable)) == 200
+
+
+def test_headers_and_codes_are_told_of(document: dict[str, Any]) -> None:
+    for (method, path), operation in operations(document).items():
+        for status, reply in operation["responses"].items():
+            assert "x-request-id" in reply["headers"], (method, path, status)
+            assert ("retry-after" in reply["headers"]) == (status in ("429", "503"))
+    replies = document["paths"]["/v1/completions"]["post"]["responses"]
+    assert "x-ratelimit-remaining-tokens" in replies["200"]["headers"]
+    examples = [
+        document["paths"][path][method]["responses"]["404"]["content"]["application/json"]["example"]["error"]["code"]
+        for path, method in (("/v1/completions", "post"), ("/v1/prefixes/{ref}", "get"), ("/v1/files/{file_id}", "get"))
+    ]
+    assert examples == ["model_not_found", "prefix_not_found", "file_not_found"]
