@@ -47,7 +47,9 @@ class PrefixLoader:
         self._budget = budget_bytes
         self._lock = threading.Lock()
         self._loaded: OrderedDict[str, Future[LoadedPrefix]] = OrderedDict()
+        self._sizes: dict[str, int] = {}  # of those that have been read
         self._kept: set[str] = set()
+        self._total = 0  # bytes of what has been read and is not kept
 
     def load(self, version: PrefixVersion) -> LoadedPrefix:
         """Blocks while reading. Raises PrefixMismatch or StoreCorrupt."""
@@ -63,38 +65,47 @@ class PrefixLoader:
     def keep(self, digest: str) -> None:
         """Has a prefix stay, whatever is loaded after it."""
         with self._lock:
+            if digest not in self._kept:
+                self._total -= self._sizes.get(digest, 0)
             self._kept.add(digest)
 
     def free(self, digest: str) -> None:
         """Ends `keep`; it goes in its turn."""
         with self._lock:
+            if digest in self._kept:
+                self._total += self._sizes.get(digest, 0)
             self._kept.discard(digest)
 
     def _fill(self, future: Future[LoadedPrefix], version: PrefixVersion) -> None:
         try:
-            future.set_result(self._read(version))
+            loaded = self._read(version)
         except BaseException as error:
             with self._lock:
                 self._loaded.pop(version.digest, None)  # the next caller tries again
             future.set_exception(error)
         else:
-            self._trim()
+            with self._lock:
+                self._note(version.digest, loaded.size_bytes)
+            future.set_result(loaded)
 
     def _read(self, version: PrefixVersion) -> LoadedPrefix:
         manifest, tensors = self._prefixes.read(version)
         self._frozen.check_fits(manifest)
         return LoadedPrefix(payload_of(version.digest, manifest, tensors, self._frozen.dtype), manifest.template)
 
-    def _trim(self) -> None:
-        with self._lock:
-            known = [(digest, f) for digest, f in self._loaded.items() if digest not in self._kept]
-            done = [(digest, f.result().size_bytes) for digest, f in known if f.done()]
-            total = sum(size for _, size in done)
-            for digest, size in done[:-1]:  # the newest stays, however large
-                if total <= self._budget:
-                    return
-                del self._loaded[digest]
-                total -= size
+    def _note(self, newest: str, size: int) -> None:
+        """Counts what was just read, which stays, however large; what was not asked for the longest goes for it."""
+        self._sizes[newest] = size
+        self._total += 0 if newest in self._kept else size
+        leaving: list[str] = []
+        for digest in self._loaded:
+            if self._total <= self._budget:
+                break
+            if digest in self._sizes and digest not in self._kept and digest != newest:
+                self._total -= self._sizes[digest]
+                leaving.append(digest)
+        for digest in leaving:
+            del self._loaded[digest], self._sizes[digest]
 
 
 def served_tensors(tensors: PrefixTensors, dtype: torch.dtype) -> PrefixTensors:

@@ -1,0 +1,57 @@
+"""What stays in host memory: by when it was asked for last, within the budget, and whatever is kept beside it."""
+
+from __future__ import annotations
+
+import pytest
+
+from prefix_store import codec
+from prefix_store.prefix import PrefixVersion
+from prefix_store.store import Store
+from server.engine.prefix_loader import PrefixLoader
+from tests.models import tiny_frozen
+from tests.server import artefacts
+
+FROZEN = tiny_frozen("llama")
+SIZE = 3 * 2 * 2 * 5 * 8 * 4  # layers, keys and values, heads, virtual tokens, numbers, bytes
+
+
+@pytest.fixture
+def versions(store: Store, tmp_path) -> list[PrefixVersion]:
+    found = []
+    for index in range(4):
+        path = tmp_path / f"{index}"
+        path.write_bytes(artefacts.native(FROZEN, 5, seed=index))
+        found.append(store.prefixes.save("default", f"p{index}", *codec.decode(path)))
+    return found
+
+
+def held(loader: PrefixLoader, versions: list[PrefixVersion]) -> list[int]:
+    return [index for index, version in enumerate(versions) if version.digest in loader._loaded]
+
+
+def test_what_was_not_asked_for_the_longest_goes(store: Store, versions: list[PrefixVersion]) -> None:
+    loader = PrefixLoader(store.prefixes, FROZEN, 2 * SIZE)
+    for index in (0, 1, 0, 2):
+        assert loader.load(versions[index]).size_bytes == SIZE
+    assert held(loader, versions) == [0, 2]
+    loader.load(versions[3])
+    assert held(loader, versions) == [2, 3]
+
+
+def test_what_is_kept_stands_beside_the_budget(store: Store, versions: list[PrefixVersion]) -> None:
+    loader = PrefixLoader(store.prefixes, FROZEN, 2 * SIZE)
+    loader.keep(versions[0].digest)
+    for index in (0, 1, 2, 3):
+        loader.load(versions[index])
+    assert held(loader, versions) == [0, 2, 3]
+    loader.free(versions[0].digest)
+    loader.free(versions[0].digest)
+    loader.load(versions[1])
+    assert held(loader, versions) == [1, 3]
+
+
+def test_one_that_is_larger_than_the_budget_stays_until_the_next(store: Store, versions: list[PrefixVersion]) -> None:
+    loader = PrefixLoader(store.prefixes, FROZEN, SIZE // 2)
+    for index in (0, 1):
+        loader.load(versions[index])
+        assert held(loader, versions) == [index]
