@@ -19,7 +19,8 @@ from tests.prove import (
     tables,
     users,
 )
-from tests.prove.paper import comparison
+from tests.prove.paper import comparison as paper
+from tests.prove.summarise import comparison as summarise
 
 PROOFS: dict[str, ModuleType] = {
     proof.SECTION: proof
@@ -31,7 +32,8 @@ PROOFS: dict[str, ModuleType] = {
             inspect,
             soak,
             users,
-            comparison,
+            paper,
+            summarise,
             kill_worker,
             concurrent_store,
             kill_store,

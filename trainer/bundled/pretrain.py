@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from trainer.bundled import induction
 from trainer.bundled.corpus import CARD, held_out_bits, in_words, prepare, swap_in
@@ -50,11 +50,15 @@ class Run:
         starts = torch.randint(0, len(stream) - window, (rows,), generator=self.draws)
         return stream[starts[:, None] + torch.arange(window + 1)].long()
 
-    def update(self, ids: torch.Tensor, scale: float) -> float:
-        """One step on a batch; the loss before it, in nats per token."""
+    def loss(self, ids: torch.Tensor) -> torch.Tensor:
+        """Mean nats per token of a batch."""
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.recipe.bf16):
             logits = self.forward(input_ids=ids[:, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+
+    def update(self, ids: torch.Tensor, scale: float) -> float:
+        """One step on a batch; the loss before it, in nats per token."""
+        loss = self.loss(ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         for optimiser in self.optimisers:
@@ -110,11 +114,12 @@ def model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaCon
     )
 
 
-def make_optimisers(model: LlamaForCausalLM, recipe: Recipe) -> tuple[torch.optim.Optimizer, ...]:
-    """Muon for the matrices between the embeddings, AdamW for the embeddings and the norms."""
-    embeddings = [model.model.embed_tokens.weight]
+def make_optimisers(model: PreTrainedModel, recipe: Recipe) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for the matrices between the embeddings, AdamW for the embeddings, the norms and the biases."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    embeddings = [value for value in model.parameters() if id(value) in tables]
     norms = [value for value in model.parameters() if value.ndim == 1]
-    matrices = [value for name, value in model.named_parameters() if value.ndim == 2 and "embed" not in name]
+    matrices = [value for value in model.parameters() if value.ndim == 2 and id(value) not in tables]
     body = [{"params": matrices, "peak": recipe.matrix_rate}]
     others = [{"params": embeddings, "peak": recipe.embedding_rate}, {"params": norms, "peak": recipe.norm_rate}]
     return (

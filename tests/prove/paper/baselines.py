@@ -20,6 +20,7 @@ from torch.nn import functional
 from trainer.data import Example, batches, collate, shuffled_batches
 
 WARMUP, LOOKS, BATCH, WRITTEN = 0.05, 10, 8, 32
+Loss = Callable[[Any, Sequence[Example]], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,31 @@ class Adapter(nn.Module):
         return y + self.up(functional.gelu(self.down(y)))
 
 
+def causal_loss(model: Any, examples: Sequence[Example]) -> torch.Tensor:
+    """Mean -log p of the completions' tokens, of a decoder-only model."""
+    batch = collate(examples)
+    logits = model(input_ids=batch.ids, attention_mask=batch.real_mask.long()).logits
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten())
+
+
 def train(
-    model: Any, examples: Sequence[Example], dev: Sequence[Example], *, rate: float, steps: int, seed: int
+    model: Any,
+    examples: Sequence[Example],
+    dev: Sequence[Example],
+    *,
+    rate: float,
+    steps: int,
+    seed: int,
+    loss_of: Loss = causal_loss,
 ) -> dict[str, float]:
     """Tunes what can be tuned, leaves the best state by dev loss in the model, and says what it took."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    best, kept = nats(model, dev), _copies(parameters)
+    best, kept = nats(model, dev, loss_of), _copies(parameters)
     stream, seconds = shuffled_batches(examples, BATCH, seed), 0.0
     for step in range(1, steps + 1):
         begun = time.perf_counter()
-        loss = _loss(model, next(stream))
+        loss = loss_of(model, next(stream))
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -65,7 +80,7 @@ def train(
         optimiser.step()
         seconds += time.perf_counter() - begun
         if step % -(-steps // LOOKS) == 0 or step == steps:
-            found = nats(model, dev)
+            found = nats(model, dev, loss_of)
             if found < best:
                 best, kept = found, _copies(parameters)
     with torch.no_grad():
@@ -75,10 +90,10 @@ def train(
 
 
 @torch.no_grad()
-def nats(model: Any, examples: Sequence[Example]) -> float:
+def nats(model: Any, examples: Sequence[Example], loss_of: Loss = causal_loss) -> float:
     """Mean -log p of the completions' tokens."""
     tokens = [sum(len(example.targets) for example in batch) for batch in batches(examples, WRITTEN)]
-    losses = [float(_loss(model, batch)) for batch in batches(examples, WRITTEN)]
+    losses = [float(loss_of(model, batch)) for batch in batches(examples, WRITTEN)]
     return sum(loss * count for loss, count in zip(losses, tokens, strict=True)) / sum(tokens)
 
 
@@ -100,12 +115,6 @@ def write(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], longest:
         )  # fmt: skip
         answers += tokenizer.batch_decode(found[:, width:], skip_special_tokens=True)
     return answers
-
-
-def _loss(model: Any, examples: Sequence[Example]) -> torch.Tensor:
-    batch = collate(examples)
-    logits = model(input_ids=batch.ids, attention_mask=batch.real_mask.long()).logits
-    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten())
 
 
 def _copies(parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:

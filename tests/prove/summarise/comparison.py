@@ -1,0 +1,131 @@
+"""The paper's second system: a BART that sums up, with prefixes on every attention, on some of them, and its rivals.
+
+A small BART is pretrained first (`pretrain.py`). Every arm has the same rows, steps and looks at the dev rows; the
+learning rate is the best of three by dev loss, then two seeds are scored. Arm by arm it is kept, and goes on where it
+was cut off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors import safe_open
+
+from prefix_store.model import frozen
+from tests.prove.paper.baselines import BATCH
+from tests.prove.summarise import answers, pretrain, runs, tasks
+from tests.prove.summarise.rivals import rivals
+
+SECTION = "summarise"
+STEPS, SEEDS = 600, (0, 1)
+KEPT = pretrain.CACHE / SECTION
+COLUMNS = ("ROUGE-1", "ROUGE-2", "ROUGE-L", "dev loss", "trainable", "KB a task", "s of training")
+
+
+def arms() -> dict[str, tuple[float, ...]]:
+    """Every arm, those that learn nothing first, and the learning rates that are tried for it."""
+    ours = {name: rates for name, (_, rates) in runs.OURS.items()}
+    theirs = {name: rival.rates for name, rival in rivals(runs.VIRTUAL_TOKENS).items()}
+    return {runs.INPUT: (), runs.UNTUNED: (), **theirs, **ours}
+
+
+def run() -> dict[str, Any]:
+    """Everything, or what is not there yet."""
+    model = pretrain.finished()
+    with safe_open(model.parent / pretrain.CHECKPOINT, "pt") as file:
+        trained = {name: float(value) for name, value in file.metadata().items()}
+    plan = [(task, arm) for task in tasks.NAMES for arm in arms()]
+    found: dict[str, Any] = {task: {} for task in tasks.NAMES}
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as bar:
+        shown = bar.add_task(SECTION, total=len(plan))
+        for task, arm in plan:
+            bar.update(shown, description=f"{task}: {arm}")
+            found[task][arm] = _arm(model, task, arm)
+            bar.advance(shown)
+    return {
+        "parameters": frozen.load(model).model.num_parameters(),
+        "pretraining": {"minutes": trained["elapsed"] / 60, "steps": trained["step"]},
+        "tasks": found,
+    }
+
+
+def missed(measured: dict[str, Any]) -> list[str]:
+    """What did not finish, and where a prefix on every attention is no better than nothing."""
+    lines = []
+    for task in tasks.NAMES:
+        found = measured["tasks"].get(task, {})
+        absent = [arm for arm in arms() if arm not in found]
+        lines += [f"{task}: {arm} finished" for arm in absent]
+        if not absent and found["prefix"]["rougeL"] <= found[runs.UNTUNED]["rougeL"]:
+            lines.append(f"{task}: prefix above the untuned model by ROUGE-L")
+    return lines
+
+
+def table(measured: dict[str, Any]) -> str:
+    """How it was made, and one table a task: means over seeds, and what ROUGE-L scatters."""
+    done = measured["pretraining"]
+    made = (
+        f"A BART of {measured['parameters']:,} parameters, pretrained for {done['minutes']:.0f} minutes "
+        f"({done['steps']:,.0f} steps); {STEPS} steps of {BATCH} rows an arm, {len(SEEDS)} seeds, prefixes of "
+        f"{runs.VIRTUAL_TOKENS} virtual tokens; {answers.BEAMS} beams, length penalty {answers.LENGTH_PENALTY}; "
+        "ROUGE is F with stems, the best of the references for each measure; sources are cut to 256 tokens."
+    )
+    found = [_table(task, rows, measured["parameters"]) for task, rows in measured["tasks"].items()]
+    return "\n\n".join([made, *found])
+
+
+def mean(several: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of runs with several seeds: means, and the standard error of ROUGE-L; the first one's rate and samples."""
+    numbers = [name for name in (*tasks.MEASURES, "loss", "trainable", "kept", "seconds") if name in several[0]]
+    found = {name: statistics.fmean(one[name] for one in several) for name in numbers}
+    spread = statistics.stdev(one["rougeL"] for one in several) if len(several) > 1 else 0.0
+    kept = {name: several[0][name] for name in ("rate", "samples")}
+    return {**found, "rougeL_error": spread / len(several) ** 0.5, "seeds": len(several), **kept}
+
+
+def _arm(model: Path, task: str, arm: str) -> dict[str, Any]:
+    if not (rates := arms()[arm]):
+        return mean([_run(model, task, arm, 0.0, SEEDS[0], 0)])
+    tried = {rate: _run(model, task, arm, rate, SEEDS[0], STEPS) for rate in rates}
+    rate = min(tried, key=lambda rate: tried[rate]["loss"])
+    return mean([tried[rate], *(_run(model, task, arm, rate, seed, STEPS) for seed in SEEDS[1:])])
+
+
+def _run(model: Path, task: str, arm: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
+    """One run, kept under what decides it."""
+    what = {"task": task, "arm": arm, "rate": rate, "seed": seed, "steps": steps}
+    name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+    path = KEPT / frozen.digest_of(model)[:12] / f"{task}-{arm.replace(' ', '_')}-{name}.json"
+    if not path.exists():
+        command = [sys.executable, "-m", "tests.prove.summarise.runs", str(model), json.dumps(what)]
+        answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".new").write_text(answer.splitlines()[-1])
+        path.with_suffix(".new").replace(path)
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def _table(task: str, found: dict[str, Any], parameters: int) -> str:
+    lines = [f"| {' | '.join((task, *COLUMNS))} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name, arm in found.items():
+        cells = [
+            name,
+            f"{arm['rouge1']:.1f}",
+            f"{arm['rouge2']:.1f}",
+            f"{arm['rougeL']:.1f} ± {arm['rougeL_error']:.1f}",
+            f"{arm['loss']:.3f}" if "loss" in arm else "",
+            f"{100 * arm['trainable'] / parameters:.2f} %",
+            f"{4 * arm['kept'] / 1000:,.0f}",
+            f"{arm['seconds']:.0f}" if "seconds" in arm else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
