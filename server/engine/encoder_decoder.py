@@ -1,8 +1,8 @@
 """An encoder-decoder model, bound to packed steps: the encoders of rows that begin run in the step they begin in.
 
 In that step the cross-attention is handed the encoder's output, and what it makes of it goes into the source's slots;
-in later ones it is handed a single row of nothing, which goes nowhere. So each row's source is read once, whatever the
-family calls its projections.
+in later ones it is handed a single row of nothing, which costs nothing and goes nowhere. So each row's source is read
+once, whatever the family calls its projections.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from prefix_store.model import modules, sites
 from prefix_store.model.frozen import FrozenModel
 from server.engine.attention import StackStep, StepContext
 from server.engine.batch import Batch, Sources
+from server.engine.int8_linear import Int8Linear
 from server.engine.kv_pool import KVPool
+from server.engine.linear import PackedLinear
 from server.engine.model_runner import ModelRunner
 
 POSITIONS = "embed_positions"
+PROJECTIONS = (PackedLinear, Int8Linear, torch.nn.Linear)
 
 
 class Given(torch.nn.Module):
@@ -52,6 +55,25 @@ class Selected(torch.nn.Module):
         return logits
 
 
+class Idle(torch.nn.Module):
+    """A layer `plain` of a cross-attention, which multiplies the row of `nothing` `[1, 1, E]` only once."""
+
+    def __init__(self, plain: torch.nn.Module, nothing: torch.Tensor) -> None:
+        super().__init__()
+        modules.keep_plain(self, plain)
+        self.nothing = nothing
+        self._made: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in]` to `[..., out]`."""
+        if x is self.nothing and self._made is not None:
+            return self._made
+        made: torch.Tensor = modules.plain_of(self)(x)  # type: ignore[misc]
+        if x is self.nothing:
+            self._made = made
+        return made
+
+
 class EncoderDecoderRunner(ModelRunner):
     """A model runner whose rows have sources."""
 
@@ -66,6 +88,7 @@ class EncoderDecoderRunner(ModelRunner):
         self._head = Selected(model.get_output_embeddings())
         modules.replace(model, lambda module: self._head if module is modules.plain_of(self._head) else None)
         self._nothing = torch.zeros(1, 1, frozen.geometry.hidden_size, dtype=frozen.dtype, device=frozen.device)
+        _idle(model, self._nothing)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
@@ -119,6 +142,13 @@ def _given(stack: Any) -> Given | None:
     given = Given(getattr(stack, POSITIONS))
     setattr(stack, POSITIONS, given)
     return given
+
+
+def _idle(model: torch.nn.Module, nothing: torch.Tensor) -> None:
+    """Of a cross-attention's layers those that read sources are told from others by what they are given."""
+    crossing = [module for module in model.modules() if sites.stack_of(module) is Stack.CROSS]
+    layers = {layer for module in crossing for layer in module.children() if isinstance(layer, PROJECTIONS)}
+    modules.replace(model, lambda layer: Idle(layer, nothing) if layer in layers else None)
 
 
 def _biases(model: torch.nn.Module) -> dict[Stack, torch.Tensor]:

@@ -11,7 +11,8 @@ from prefix_store.geometry import Stack
 from prefix_store.model import sites
 from server.engine.linear import TOLERANCES, PackedLinear
 
-NAMES = ("q_proj", "k_proj", "v_proj")
+# T5 has the short ones.
+NAMES = (("q_proj", "k_proj", "v_proj"), ("q", "k", "v"))
 
 
 class Siblings:
@@ -62,10 +63,14 @@ def fuse(model: torch.nn.Module) -> int:
 
 
 def _joined(module: Any) -> bool:
-    found = [getattr(module, name, None) for name in NAMES]
-    layers = [layer for layer in found if type(layer) is PackedLinear]
     # a cross-attention's queries come of another input than its keys and values
-    if len(layers) < len(NAMES) or sites.stack_of(module) is Stack.CROSS:
+    return sites.stack_of(module) is not Stack.CROSS and any(_join(module, names) for names in NAMES)
+
+
+def _join(module: Any, names: Sequence[str]) -> bool:
+    found = [getattr(module, name, None) for name in names]
+    layers = [layer for layer in found if type(layer) is PackedLinear]
+    if len(layers) < len(names):
         return False
     kinds = {(layer.inputs, layer.dtype, layer.bias_term is None) for layer in layers}
     if len(kinds) > 1:
@@ -74,7 +79,7 @@ def _joined(module: Any) -> bool:
     made = [Sibling(siblings, index) for index in range(len(layers))]
     if not _agree(layers, made):
         return False
-    for name, sibling in zip(NAMES, made, strict=True):
+    for name, sibling in zip(names, made, strict=True):
         setattr(module, name, sibling)
     return True
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from tests.bench import fair, flat, growth, http, latency, long, throughput, training
+from tests.bench import encoder_decoder, fair, flat, growth, http, latency, long, throughput, training
 
 SECTIONS: dict[str, ModuleType] = {
-    module.SECTION: module for module in (throughput, flat, long, fair, latency, growth, http, training)
+    module.SECTION: module
+    for module in (throughput, encoder_decoder, flat, long, fair, latency, growth, http, training)
 }
 # Measured with each thread on a core of its own. The others have threads beside the engine's, as a server has, and a
 # pinned engine would pin these to its core.
-PINNED = frozenset({throughput.SECTION, long.SECTION, fair.SECTION, growth.SECTION, training.SECTION})
+PINNED = frozenset(
+    {throughput.SECTION, encoder_decoder.SECTION, long.SECTION, fair.SECTION, growth.SECTION, training.SECTION}
+)

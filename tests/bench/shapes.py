@@ -14,6 +14,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
     GPT2Config,
     LlamaConfig,
     PreTrainedConfig,
@@ -32,14 +34,14 @@ class Shape:
 
     name: str
     config: type[PreTrainedConfig]
-    numbers: Mapping[str, int | bool]
+    numbers: Mapping[str, int | float | bool | None]
 
     @property
     def vocabulary(self) -> int:
         """Token ids there are."""
-        return int(self.numbers["vocab_size"])
+        return int(self.numbers["vocab_size"] or 0)
 
-    def changed(self, **numbers: int) -> Shape:
+    def changed(self, **numbers: float) -> Shape:
         """The same family with other numbers."""
         return replace(self, numbers={**self.numbers, **numbers})
 
@@ -47,7 +49,8 @@ class Shape:
         """Equal arguments give equal weights."""
         torch.manual_seed(seed)
         config = self.config(**{**self.numbers, **NO_TOKENS})  # type: ignore[arg-type]
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+        maker = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = maker.from_config(config, attn_implementation=attention, dtype=dtype)
         return model.eval().requires_grad_(False)
 
     def frozen(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> FrozenModel:
@@ -81,6 +84,27 @@ def _grouped(name: str, **numbers: Any) -> Shape:
 
 GPT2_SMALL = Shape(
     "GPT-2 small", GPT2Config, {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
+)
+# Its head is not the embeddings: with random weights those would make every answer one token over and over. Weights are
+# as large as keeps the scale of what they multiply: with smaller ones no token would depend on the encoder.
+BART_BASE = Shape(
+    "BART base",
+    BartConfig,
+    {
+        "d_model": 768,
+        "encoder_layers": 6,
+        "decoder_layers": 6,
+        "encoder_attention_heads": 12,
+        "decoder_attention_heads": 12,
+        "encoder_ffn_dim": 3072,
+        "decoder_ffn_dim": 3072,
+        "max_position_embeddings": 1024,
+        "vocab_size": 50265,
+        "decoder_start_token_id": 2,
+        "forced_eos_token_id": None,
+        "tie_word_embeddings": False,
+        "init_std": 0.04,
+    },
 )
 LLAMA_150M = _grouped(
     "Llama 150 M",

@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from prefix_store.geometry import Stack
+from prefix_store.model.frozen import measure
 from tests.bench import (
     agreement,
+    encoder_decoder,
+    encoder_decoder_peers,
     fair,
     flat,
     growth,
@@ -27,8 +31,8 @@ from tests.bench.arms import BARE, CACHED, OURS, TEXT, Antefix
 from tests.bench.drive import engine_of
 from tests.bench.results import Kept
 from tests.bench.sections import SECTIONS
-from tests.bench.shapes import GPT2_SMALL, LLAMA_19M, parameters
-from tests.bench.workload import W, Workload, payloads
+from tests.bench.shapes import BART_BASE, GPT2_SMALL, LLAMA_19M, parameters
+from tests.bench.workload import W, Workload, payloads, stack_prefixes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -36,6 +40,10 @@ TINY_GPT2 = GPT2_SMALL.changed(n_embd=96, n_layer=3, n_head=6, vocab_size=500)
 TINY_LLAMA = LLAMA_19M.changed(
     hidden_size=96, num_hidden_layers=2, intermediate_size=128, vocab_size=500, max_position_embeddings=1024
 )
+TINY_BART = BART_BASE.changed(
+    d_model=96, encoder_layers=3, decoder_layers=3, encoder_attention_heads=6, decoder_attention_heads=6,
+    encoder_ffn_dim=96, decoder_ffn_dim=96, vocab_size=500, init_std=0.1,
+)  # fmt: skip
 FEW = Workload(requests=6, prefixes=3, virtual_tokens=5, prompt_tokens=(4, 12), new_tokens=8)
 FEW_ALIKE = replace(FEW, requests=24, prefixes=1)
 NOTHING_KEPT = Kept("test")
@@ -104,6 +112,31 @@ def test_the_limit_counts_every_slot_that_decoding_must_read():
     two = Workload(requests=2, prefixes=1, virtual_tokens=10, prompt_tokens=(3, 3), new_tokens=3)
     # the steps after the first token read 4 and 5 own slots a row, and the prefix once for both
     assert machine.slots_read(two, two.items(50)) == 2 * (4 + 5) + 2 * 10
+
+
+@pytest.mark.slow
+def test_encoder_decoder():
+    size = encoder_decoder.Size(shape=TINY_BART, workload=FEW, rounds=2, switched=4, best_of=1, slots=4096)
+    measured = sound("encoder_decoder", encoder_decoder.measure(NOTHING_KEPT, size))
+    assert set(measured["median"]) == set(encoder_decoder.ORDER)
+    assert set(measured["ratios"]) == set(encoder_decoder.ORDER) - {OURS}
+    requests = {name: found["requests"] for name, found in measured["checked"].items()}
+    assert requests == {peers.SWITCHED: 4, encoder_decoder_peers.CONCATENATED: 4, peers.PADDED: 6}
+    assert measured["limit"]["tokens_per_second"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stack", Stack)
+def test_tokens_behind_another_stacks_prefix_do_not_pass_for_the_same(stack):
+    items, plain = FEW.items(TINY_BART.vocabulary), TINY_BART.model("sdpa")
+    prefixes = stack_prefixes(FEW, measure(plain))
+    right = encoder_decoder_peers.Concatenated(plain, FEW, prefixes)
+    others = [{**own, stack: prefixes[index - 1][stack]} for index, own in enumerate(prefixes)]
+    wrong = encoder_decoder_peers.Concatenated(plain, FEW, others)
+    expected = right.run(items)
+    assert agreement.same_tokens(right.run(items), expected, items, right.next_logits) == 0
+    with pytest.raises(AssertionError, match="no tie"):
+        agreement.same_tokens(wrong.run(items), expected, items, right.next_logits)
 
 
 def test_flat():

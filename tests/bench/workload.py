@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from prefix_store.geometry import ModelGeometry
+from prefix_store.geometry import ModelGeometry, Stack
 from server.scheduler.messages import GenerationRequest, PrefixPayload
 from server.scheduler.sampling_params import SamplingParams
 
@@ -73,6 +73,17 @@ def payloads(
     layers, two, heads, size = geometry.kv_shape
     flat = flat_prefixes(workload, geometry, seed).view(-1, workload.virtual_tokens, layers, two, heads, size)
     return [payload(str(index), kv.permute(1, 2, 3, 0, 4).to(dtype)) for index, kv in enumerate(flat)]
+
+
+def stack_prefixes(workload: Workload, geometry: ModelGeometry, seed: int = 1) -> list[dict[Stack, torch.Tensor]]:
+    """An encoder-decoder model's prefixes, canonical KV `[L, 2, H, P, D]` by stack, at the scale of real ones."""
+    draws = torch.Generator().manual_seed(seed)
+
+    def kv(stack: Stack) -> torch.Tensor:
+        layers, two, heads, size = geometry.kv_shape_of(stack)
+        return torch.randn(layers, two, heads, workload.virtual_tokens, size, generator=draws)
+
+    return [{stack: kv(stack) for stack in Stack} for _ in range(workload.prefixes)]
 
 
 def payload(digest: str, kv: torch.Tensor) -> PrefixPayload:

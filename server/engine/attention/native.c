@@ -21,6 +21,8 @@ typedef struct {
   int is_bfloat16;
   int64_t query_heads, kv_heads, size, window;
   float scale, softcap;
+  const float *bias; /* [query_heads, 2 reach + 1], or NULL; see plain.relative */
+  int64_t reach;
 } Layer;
 
 /* exp by powers of two and a polynomial, to 2 units in the last place, in a form that vectorizes. */
@@ -39,6 +41,16 @@ static inline float exponential(float x) {
   union { int32_t i; float f; } two;
   two.i = ((int32_t)whole + 127) << 23;
   return p * two.f;
+}
+
+/* Adds what relative positions say to a head's scores of `count` slots, which lie `apart`; the first is `ahead` slots
+ * before the query. */
+static inline void add_bias(const Layer *l, int64_t head, int64_t ahead, int64_t count, float *scores, int64_t apart) {
+  const float *bias = l->bias + head * (2 * l->reach + 1) + l->reach;
+  for (int64_t s = 0; s < count; s++) {
+    const int64_t from = s - ahead < -l->reach ? -l->reach : s - ahead;
+    scores[s * apart] += bias[from > l->reach ? l->reach : from];
+  }
 }
 
 #define NUMBER float
@@ -75,10 +87,10 @@ static int64_t tasks_of(const Layer *l, const int64_t *item, int64_t few) {
 int antefix_attend(
     const float *query, int64_t query_row, int64_t query_head, const void *keys, const void *values, int is_bfloat16,
     int64_t query_heads, int64_t kv_heads, int64_t size, int64_t window, float scale, float softcap,
-    const int64_t *work, int64_t items, int64_t rows, int64_t few, int64_t threads,
+    const float *bias, int64_t reach, const int64_t *work, int64_t items, int64_t rows, int64_t few, int64_t threads,
     float *own_output, float *own_lse, float *prefix_output, float *prefix_lse) {
   const Layer layer = {query,    query_row, query_head, keys,   values, is_bfloat16,
-                       query_heads, kv_heads, size,    window, scale,  softcap};
+                       query_heads, kv_heads, size,    window, scale,  softcap, bias, reach};
   int64_t tasks = 0;
   for (int64_t i = 0; i < items; i++) tasks += tasks_of(&layer, work + i * FIELDS, few);
   int64_t(*task)[2] = malloc(sizeof *task * tasks); /* its item, and its number within it */
@@ -96,9 +108,11 @@ int antefix_attend(
       if (item[MASK] == FULL && item[Q_HI] - item[Q_LO] <= few) {
         float *scores = malloc(sizeof(float) * query_heads * count);
         if ((failed |= scores == NULL)) continue;
-        for (int64_t row = item[Q_LO]; row < item[Q_HI]; row++)
+        for (int64_t row = item[Q_LO]; row < item[Q_HI]; row++) {
+          const int64_t ahead = item[Q_POS] + row - item[Q_LO] - item[KV_POS], place = row * query_heads;
           (is_bfloat16 ? attend_row_bfloat16 : attend_row_float32)(
-              &layer, row, item[KV_LO], count, scores, output + row * query_heads * size, lse + row * query_heads);
+              &layer, row, ahead, item[KV_LO], count, scores, output + place * size, lse + place);
+        }
         free(scores);
       } else {
         if (block == NULL) block = new_block(size);

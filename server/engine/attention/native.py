@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,15 +34,11 @@ def attend(
     softcap: float,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `segments.attend`; `cpu` takes over what has a bias. Raises RuntimeError where `is_available` is false."""
-    if bias is not None:
-        return segments.attend(
-            cpu.attend_item, query, keys, values, work, window=window, scale=scale, softcap=softcap, bias=bias
-        )
+    """As `segments.attend`. Raises RuntimeError where `is_available` is false."""
     library = _library()
     if library is None:
         raise RuntimeError("there is no native attention on this machine")
-    return _attend(library, query, keys, values, work, window, scale, softcap)
+    return _attend(library, query, keys, values, work, window, scale, softcap, bias)
 
 
 def is_available(dtype: torch.dtype) -> bool:
@@ -58,15 +55,18 @@ def _attend(
     window: int,
     scale: float,
     softcap: float,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
     asked, query = query, query.float()  # the same tensor where it is float32 already
     if query.stride(2) != 1:
         query = query.contiguous()
+    bias = bias.float().contiguous() if bias is not None else None
     own, prefix = torch.empty(query.shape), torch.empty(query.shape)
     own_lse, prefix_lse = torch.empty(query.shape[:2]), torch.full(query.shape[:2], -torch.inf)
     failed = library.antefix_attend(
         _at(query), query.stride(0), query.stride(1), _at(keys), _at(values), keys.dtype is torch.bfloat16,
-        query.shape[1], *keys.shape[1:], window, scale, softcap, _at(work), len(work), len(query), FEW,
+        query.shape[1], *keys.shape[1:], window, scale, softcap, _at(bias) if bias is not None else None,
+        bias.shape[1] // 2 if bias is not None else 0, _at(work), len(work), len(query), FEW,
         torch.get_num_threads(), _at(own), _at(own_lse), _at(prefix), _at(prefix_lse),
     )  # fmt: skip
     if failed:
@@ -85,14 +85,17 @@ def _library() -> ctypes.CDLL | None:
         return None
     number, pointer, real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
     library.antefix_attend.argtypes = [
-        pointer, number, number, pointer, pointer, ctypes.c_int, *[number] * 4, real, real, pointer, *[number] * 4,
-        *[pointer] * 4,
+        pointer, number, number, pointer, pointer, ctypes.c_int, *[number] * 4, real, real, pointer, number,
+        pointer, *[number] * 4, *[pointer] * 4,
     ]  # fmt: skip
     return library if _agrees(library) else None
 
 
 def _agrees(library: ctypes.CDLL) -> bool:
-    """Whether it computes what torch's kernel does: a row with a prefix, a row without, and a stretch of rows."""
+    """Whether it computes what torch's kernel does: a row with a prefix, a row without, and a stretch of rows.
+
+    Without a bias of relative positions and with one.
+    """
     generator = torch.Generator().manual_seed(0)
     query, keys, values = (
         torch.randn(rows, heads, 64, generator=generator) for rows, heads in ((42, 4), (49, 2), (49, 2))
@@ -101,5 +104,10 @@ def _agrees(library: ctypes.CDLL) -> bool:
     items.append(WorkItem(Part.OWN, Mask.WINDOW, 2, 42, 9, 49, 0, 0))
     items.append(WorkItem(Part.PREFIX, Mask.FULL, 0, 1, 6, 9, 0, 0))
     work = torch.tensor([item.as_tuple() for item in items])
-    expected = segments.attend(cpu.attend_item, query, keys, values, work, window=30, scale=0.1, softcap=0.0)
-    return bool((_attend(library, query, keys, values, work, 30, 0.1, 0.0) - expected).abs().max() < TOLERANCE)
+    options: dict[str, Any] = {"window": 30, "scale": 0.1, "softcap": 0.0}
+    for bias in (None, torch.randn(4, 2 * 5 + 1, generator=generator)):
+        expected = segments.attend(cpu.attend_item, query, keys, values, work, **options, bias=bias)
+        found = _attend(library, query, keys, values, work, **options, bias=bias)
+        if not (found - expected).abs().max() < TOLERANCE:
+            return False
+    return True

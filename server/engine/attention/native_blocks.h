@@ -22,6 +22,7 @@ typedef struct {
   float scores[SLOTS][BESIDE], shrink[BESIDE];
   float most[ROWS], sum[ROWS];
   int64_t first[ROWS], end[ROWS]; /* of the slots that a row sees, counted from the item's first */
+  int64_t head[ROWS], ahead[ROWS]; /* a row's head; how far before the query the item's first slot is */
 } Block;
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -59,13 +60,16 @@ static void score_block(Block *b, int64_t row, int64_t count) {
 }
 
 /* Scores become shares that are not yet divided by their sum; a slot that a row does not see gets exactly 0. */
-static void soften_block(Block *b, int64_t row, int64_t lo, int64_t count, float softcap) {
+static void soften_block(const Layer *l, Block *b, int64_t row, int64_t lo, int64_t count) {
   float *most = b->most + row, *sum = b->sum + row, higher[BESIDE];
   int hidden = 0;
   for (int r = 0; r < BESIDE; r++) hidden |= b->first[row + r] > lo || b->end[row + r] < lo + count;
-  if (softcap > 0)
+  if (l->softcap > 0)
     for (int64_t s = 0; s < count; s++)
-      for (int r = 0; r < BESIDE; r++) b->scores[s][r] = softcap * tanhf(b->scores[s][r] / softcap);
+      for (int r = 0; r < BESIDE; r++) b->scores[s][r] = l->softcap * tanhf(b->scores[s][r] / l->softcap);
+  if (l->bias)
+    for (int r = 0; r < BESIDE; r++)
+      add_bias(l, b->head[row + r], b->ahead[row + r] - lo, count, &b->scores[0][r], BESIDE);
   if (hidden)
     for (int64_t s = 0; s < count; s++)
       for (int r = 0; r < BESIDE; r++)
@@ -133,10 +137,11 @@ static void attend_block(
     const float *q = l->query + query * l->query_row + (head * group + row % group) * l->query_head;
     float *to = b->queries + r / BESIDE * BESIDE * b->wide + r % BESIDE;
     for (int64_t d = 0; d < l->size; d++) to[d * BESIDE] = q[d] * l->scale;
-    /* keys before `ahead` are at or before the query */
-    const int64_t ahead = item[Q_POS] + query - item[Q_LO] - item[KV_POS] + 1;
-    b->first[r] = item[MASK] == WINDOW ? least(most_of(ahead - l->window, 0), all) : 0;
-    b->end[r] = item[MASK] == FULL ? all : least(most_of(ahead, 0), all);
+    const int64_t ahead = item[Q_POS] + query - item[Q_LO] - item[KV_POS]; /* the slot at the query's own place */
+    b->head[r] = head * group + row % group;
+    b->ahead[r] = ahead;
+    b->first[r] = item[MASK] == WINDOW ? least(most_of(ahead + 1 - l->window, 0), all) : 0;
+    b->end[r] = item[MASK] == FULL ? all : least(most_of(ahead + 1, 0), all);
     first = least(first, b->first[r]);
     end = most_of(end, b->end[r]);
     b->most[r] = -INFINITY;
@@ -150,7 +155,7 @@ static void attend_block(
       for (int r = 0; r < BESIDE; r++) seen |= b->first[row + r] < lo + count && b->end[row + r] > lo;
       if (!seen) continue;
       score_block(b, row, count);
-      soften_block(b, row, lo, count, l->softcap);
+      soften_block(l, b, row, lo, count);
       gather_block(b, row, rows - row, count);
     }
   }

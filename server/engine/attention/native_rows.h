@@ -41,13 +41,14 @@ static inline __attribute__((always_inline)) void NAMED(gather)(
 }
 
 static inline __attribute__((always_inline)) void NAMED(attend_sized)(
-    const Layer *l, int64_t row, int64_t lo, int64_t count, float *scores, float *output, float *lse,
+    const Layer *l, int64_t row, int64_t ahead, int64_t lo, int64_t count, float *scores, float *output, float *lse,
     const int64_t size) {
   NAMED(score)(l, l->query + row * l->query_row, lo, count, scores, size);
   for (int64_t h = 0; h < l->query_heads; h++) {
     float *s = scores + h * count, most = -INFINITY, sum = 0;
     if (l->softcap > 0)
       for (int64_t i = 0; i < count; i++) s[i] = l->softcap * tanhf(s[i] / l->softcap);
+    if (l->bias) add_bias(l, h, ahead, count, s, 1);
     for (int64_t i = 0; i < count; i++) most = s[i] > most ? s[i] : most;
     for (int64_t i = 0; i < count; i++) sum += s[i] = exponential(s[i] - most);
     const float share = 1 / sum;
@@ -58,12 +59,13 @@ static inline __attribute__((always_inline)) void NAMED(attend_sized)(
 }
 
 /* A size known at compile time is what makes the inner loops straight lines. */
-static void NAMED(attend_row)(const Layer *l, int64_t row, int64_t lo, int64_t count, float *scores, float *output, float *lse) {
+static void NAMED(attend_row)(
+    const Layer *l, int64_t row, int64_t ahead, int64_t lo, int64_t count, float *scores, float *output, float *lse) {
   switch (l->size) {
-    case 32: NAMED(attend_sized)(l, row, lo, count, scores, output, lse, 32); break;
-    case 64: NAMED(attend_sized)(l, row, lo, count, scores, output, lse, 64); break;
-    case 128: NAMED(attend_sized)(l, row, lo, count, scores, output, lse, 128); break;
-    default: NAMED(attend_sized)(l, row, lo, count, scores, output, lse, l->size);
+    case 32: NAMED(attend_sized)(l, row, ahead, lo, count, scores, output, lse, 32); break;
+    case 64: NAMED(attend_sized)(l, row, ahead, lo, count, scores, output, lse, 64); break;
+    case 128: NAMED(attend_sized)(l, row, ahead, lo, count, scores, output, lse, 128); break;
+    default: NAMED(attend_sized)(l, row, ahead, lo, count, scores, output, lse, l->size);
   }
 }
 

@@ -12,11 +12,11 @@ from prefix_store.model import sites
 from server.engine import self_test
 from server.engine.attention import plain
 from server.engine.attention.work import Mask, Part, WorkItem
-from server.engine.encoder_decoder import Given, Selected
+from server.engine.encoder_decoder import Given, Idle, Selected
 from server.engine.engine import Engine, choose_slots
 from server.engine.kv_pool import bytes_per_slot
 from server.engine.linear import PackedLinear
-from server.engine.siblings import Sibling
+from server.engine.siblings import NAMES, Sibling
 from server.scheduler.limits import Limits
 from tests.models import CONTEXT, ENCODER_DECODERS, tiny_frozen, tiny_model
 
@@ -33,15 +33,41 @@ def test_linear_layers_of_both_stacks_and_the_head_are_packed(family):
     head = served.model.get_output_embeddings()
     assert isinstance(head, Selected)
     assert isinstance(head.__dict__["plain"], PackedLinear)
-    packed = sum(type(module) in (PackedLinear, Sibling) for module in served.model.modules())
+    packed = sum(type(module) in (PackedLinear, Sibling, Idle) for module in served.model.modules())
     assert packed == count - 1  # all but the head, which stands behind `Selected`
     joined = {
-        sites.of(module).stack for module in served.model.modules() if type(getattr(module, "q_proj", None)) is Sibling
+        sites.of(module).stack
+        for module in served.model.modules()
+        for names in NAMES
+        if type(getattr(module, names[0], None)) is Sibling
     }
-    assert joined == (set() if served.is_relative else {Stack.SELF, Stack.ENCODER})  # T5 has other names for them
+    assert joined == {Stack.SELF, Stack.ENCODER}
     told = sum(isinstance(module, Given) for module in served.model.modules())
     assert told == (0 if served.is_relative else 2)
     assert engine.runner.windows == {0}
+
+
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+def test_a_step_that_reads_no_source_makes_nothing_of_one(family):
+    """Keys and values of every layer are what the source's, and nothing's, projections say; nothing's are made once."""
+    served = tiny_frozen(family)
+    runner = Engine(served, LIMITS).runner
+    nothing = runner._nothing
+    layers = [layer for layer in served.model.modules() if isinstance(layer, Idle)]
+    assert len(layers) == 4 * served.geometry.layers
+    calls: list[torch.Tensor] = []
+    for layer in layers:
+        layer.plain.register_forward_hook(lambda *call: calls.append(call[1][0]))
+    crossing = [layer for layer in layers if layer._made is not None]
+    assert len(crossing) == 2 * served.geometry.layers  # the self-test has decoded
+    source = torch.randn(1, 1, nothing.shape[-1])  # as long as nothing is
+    for layer in crossing:
+        assert torch.equal(layer(nothing), layer.plain(nothing))
+        calls.clear()
+        layer(nothing)
+        assert not calls
+        assert torch.equal(layer(source), layer.plain(source))
+        assert [call is source for call in calls] == [True, True]
 
 
 @pytest.mark.parametrize("family", ["t5", "t5_gated"])

@@ -90,6 +90,31 @@ def test_stretches_of_queries_see_what_their_mask_shows_them(
     assert float((other - expected).abs().max()) > 1e-2
 
 
+@pytest.mark.parametrize("reach", [2, 30, 200])
+@pytest.mark.parametrize(("query_heads", "kv_heads"), [(6, 2), (4, 4)])
+@pytest.mark.parametrize("mask", [Mask.FULL, Mask.CAUSAL])
+def test_a_bias_is_by_head_and_by_how_far_the_key_is_from_the_query(numbers, mask, query_heads, kv_heads, reach):
+    """Of stretches of queries, with a prefix before them and without, and of rows by themselves."""
+    draws = torch.Generator().manual_seed(1)
+    query = torch.randn(142, query_heads, 40, generator=draws)
+    keys, values = (torch.randn(400, kv_heads, 40, generator=draws) for _ in range(2))
+    bias = torch.randn(query_heads, 2 * reach + 1, generator=draws)
+    rows = [
+        WorkItem(Part.OWN, Mask.FULL, 140, 141, 330, 370, 44, 5).as_tuple(),
+        WorkItem(Part.PREFIX, Mask.FULL, 140, 141, 20, 25, 44, 0).as_tuple(),
+        WorkItem(Part.OWN, Mask.FULL, 141, 142, 370, 399, 28, 0).as_tuple(),
+    ]
+    work = torch.cat([stretches(mask, 0), torch.tensor(rows)])
+    options = {"window": 0, "scale": 0.2, "softcap": 0.0}
+    expected = BACKENDS["plain"](query, keys, values, work, **options, bias=bias)
+    got = BACKENDS["native"](query, keys, values, work, **options, bias=bias)
+    assert float((got - expected).abs().max()) < 2e-5
+    for wrong in (bias.roll(1, 0), bias.flip(1), None):
+        other = BACKENDS["native"](query, keys, values, work, **options, bias=wrong)
+        assert float((other - expected)[:110].abs().max()) > 1e-2
+        assert float((other - expected)[140].abs().max()) > 1e-2
+
+
 def test_a_query_is_the_same_bits_in_a_chunk_and_in_the_whole(numbers):
     _, keys, values = numbers
     query = torch.randn(20, 6, 64, generator=torch.Generator().manual_seed(2))
