@@ -7,12 +7,8 @@ costs is measured at the very end, in short runs one after another, which should
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +16,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tests.bench import plots
+from tests.prove.arms import kept_run
 from tests.prove.bundled import load
 from tests.prove.paper import baselines
 from tests.prove.paper.runs import RATES, VIRTUAL_TOKENS
@@ -170,16 +167,7 @@ def _arm(task: Task, name: str, steps: int) -> dict[str, Any]:
 def _run(task: Task, arm: str, rate: float, seed: int, steps: int, **more: Any) -> dict[str, Any]:
     """One run, kept under what decides it; `more` is `options` of its training, or what tells two runs apart."""
     what = {"task": vars(task), "arm": arm, "rate": rate, "seed": seed, "steps": steps, **more}
-    name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-    path = KEPT / load_digest() / f"{task.label}-{arm.replace(' ', '_')}-{name}.json"
-    if not path.exists():
-        command = [sys.executable, "-m", "tests.prove.paper.runs", json.dumps(what)]
-        answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".new").write_text(answer.splitlines()[-1])
-        path.with_suffix(".new").replace(path)
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    return kept_run(KEPT / load_digest(), task.label, what, "tests.prove.paper.runs")
 
 
 def load_digest() -> str:

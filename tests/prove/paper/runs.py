@@ -25,13 +25,12 @@ from prefix_store.model import prompt
 from server.engine.prefix_loader import payload_of
 from server.scheduler.messages import PrefixPayload
 from server.scheduler.sampling_params import SamplingParams
-from tests.judging import nats_per_token
+from tests.prove.arms import timed_fit
 from tests.prove.bundled import Bench, load
 from tests.prove.paper import baselines, weight, written
 from tests.prove.paper.tasks import Task, scores
 from trainer import training_model
-from trainer.data import Example, batches, tokenize
-from trainer.loop import fit
+from trainer.data import Example, tokenize
 from trainer.methods import METHODS
 
 LONGEST = 160  # tokens of an example
@@ -97,17 +96,7 @@ def _ours(task: Task, run: dict[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
     text = chain.from_iterable(example.ids for example in train)
     method = METHODS[spec.method](frozen, spec, text)
-    looks: list[float] = []
-
-    def validate() -> float:
-        begun = time.perf_counter()
-        found = nats_per_token(frozen, method.rows, batches(dev, baselines.WRITTEN))
-        looks.append(time.perf_counter() - begun)
-        return found
-
-    begun = time.perf_counter()
-    result = fit(frozen, method, train, spec, validate=validate)
-    step_seconds = (time.perf_counter() - begun - sum(looks)) / spec.steps
+    result, seconds = timed_fit(frozen, method, train, dev, spec)
     payload = payload_of(run["arm"], method.manifest(), result.tensors, frozen.dtype)
     kept = sum(tensor.numel() for tensor in result.tensors.values())
     bench, inputs = Bench(), task.test()
@@ -117,7 +106,7 @@ def _ours(task: Task, run: dict[str, Any]) -> dict[str, Any]:
         "loss": result.valid_loss,
         "trainable": sum(parameter.numel() for parameter in method.parameters()),
         "bytes": 4 * kept,
-        "epoch_seconds": step_seconds * math.ceil(len(train) / baselines.BATCH),
+        "epoch_seconds": seconds / spec.steps * math.ceil(len(train) / baselines.BATCH),
         **_scored(answers, inputs, frozen.tokenizer, begun),
         **({"weight": weight.of(frozen, method.manifest(), result.tensors, inputs)} if "options" in run else {}),
     }

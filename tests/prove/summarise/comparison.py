@@ -7,11 +7,7 @@ was cut off.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import safe_open
 
 from prefix_store.model import frozen
+from tests.prove.arms import kept_run
 from tests.prove.paper.baselines import BATCH
 from tests.prove.summarise import answers, pretrain, runs, tasks
 from tests.prove.summarise.rivals import rivals
@@ -102,16 +99,8 @@ def _arm(model: Path, task: str, arm: str) -> dict[str, Any]:
 def _run(model: Path, task: str, arm: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
     """One run, kept under what decides it."""
     what = {"task": task, "arm": arm, "rate": rate, "seed": seed, "steps": steps}
-    name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-    path = KEPT / frozen.digest_of(model)[:12] / f"{task}-{arm.replace(' ', '_')}-{name}.json"
-    if not path.exists():
-        command = [sys.executable, "-m", "tests.prove.summarise.runs", str(model), json.dumps(what)]
-        answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".new").write_text(answer.splitlines()[-1])
-        path.with_suffix(".new").replace(path)
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    folder = KEPT / frozen.digest_of(model)[:12]
+    return kept_run(folder, task, what, "tests.prove.summarise.runs", str(model))
 
 
 def _table(task: str, found: dict[str, Any], parameters: int) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,12 @@ from prefix_store.model import frozen
 from prefix_store.model.example import ExampleEncoder
 from prefix_store.model.frozen import FrozenModel
 from server.engine.prefix_loader import payload_of
-from tests.judging import nats_per_token
+from tests.prove.arms import timed_fit
 from tests.prove.paper import baselines
 from tests.prove.summarise import answers, tasks
 from tests.prove.summarise.rivals import rivals, target_loss
 from trainer import training_model
-from trainer.data import Example, batches, encode_lines
-from trainer.loop import fit
+from trainer.data import Example, encode_lines
 from trainer.methods import METHODS
 
 VIRTUAL_TOKENS = 32
@@ -100,17 +98,7 @@ def _ours(model: FrozenModel, served: FrozenModel, task: tasks.Task, run: dict[s
         batch_size=baselines.BATCH, virtual_tokens=VIRTUAL_TOKENS, **OURS[run["arm"]][0],
     )  # fmt: skip
     method = METHODS[spec.method](trained, spec, chain.from_iterable(example.source for example in train))
-    looks: list[float] = []
-
-    def validate() -> float:
-        begun = time.perf_counter()
-        found = nats_per_token(trained, method.rows, batches(dev, baselines.WRITTEN))
-        looks.append(time.perf_counter() - begun)
-        return found
-
-    begun = time.perf_counter()
-    result = fit(trained, method, train, spec, validate=validate)
-    seconds = time.perf_counter() - begun - sum(looks)
+    result, seconds = timed_fit(trained, method, train, dev, spec)
     payload = payload_of(run["arm"], method.manifest(), result.tensors, served.dtype)
     return {
         "loss": result.valid_loss,
