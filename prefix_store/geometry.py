@@ -87,6 +87,8 @@ class ModelGeometry:
 
     def differences(self, other: ModelGeometry) -> list[str]:
         """What `other` has that this one does not expect, as 'layers: expected 12, got 24'."""
+        if self == other:
+            return []
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
         return [f"{key}: expected {mine[key]}, got {theirs[key]}" for key in mine if mine[key] != theirs[key]]
 

@@ -14,7 +14,7 @@ from prefix_store.geometry import Stack
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import Method, PrefixManifest, PrefixVersion, Window
 from prefix_store.store import PrefixStore
-from prefix_store.tensors import PAYLOADS, STACKS, PrefixTensors
+from prefix_store.tensors import PAYLOADS, STACKS, PrefixTensors, is_within
 from server.engine.kv_pool import memory_slots
 from server.scheduler.messages import PrefixPayload
 
@@ -111,7 +111,7 @@ class PrefixLoader:
 def served_tensors(tensors: PrefixTensors, dtype: torch.dtype) -> PrefixTensors:
     """A prefix's canonical tensors in the model's dtype. Raises PrefixMismatch for values that overflow the dtype."""
     served = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
-    if not all(bool(tensor.isfinite().all()) for tensor in served.values()):
+    if not all(is_within(tensor, torch.finfo(dtype).max) for tensor in served.values()):
         raise PrefixMismatch(f"the prefix has values that overflow this server's {dtype}", param="file")
     return served
 

@@ -49,7 +49,7 @@ class Size:
     on_device: int = 128
     rows: int = 64
     requests: int = 448
-    rounds: int = 3
+    rounds: int = 5
     host_bytes: int = 2 << 30
     workload: Workload = W
 
