@@ -68,7 +68,7 @@ def strict_json(text: bytes | str, what: str, param: str = "file") -> dict[str, 
     try:
         decoded = text.decode() if isinstance(text, bytes) else text
         value = json.loads(decoded, object_pairs_hook=_unique, parse_constant=_no_constant)
-        if "\\u" in decoded:
+        if "\\u" in decoded or not decoded.isascii():
             json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate can be parsed, but not encoded
     except RecursionError:
         raise _refused(f"{what}: nested too deeply", param) from None
