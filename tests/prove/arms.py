@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from prefix_store.jobs import TrainingSpec
 from prefix_store.model.frozen import FrozenModel
@@ -18,19 +19,50 @@ from tests.prove.paper import baselines
 from trainer.data import Example, batches
 from trainer.loop import fit
 
+ABREAST = 2  # runs at a time, each with one thread
+T = TypeVar("T")
 
-def kept_run(folder: Path, label: str, what: dict[str, Any], module: str, *arguments: str) -> dict[str, Any]:
-    """What a module prints last of one run, made in a process of its own; it is kept under all that decides it."""
-    name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-    path = folder / f"{label}-{what['arm'].replace(' ', '_')}-{name}.json"
-    if not path.exists():
-        command = [sys.executable, "-m", module, *arguments, json.dumps(what)]
-        answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".new").write_text(answer.splitlines()[-1])
-        path.with_suffix(".new").replace(path)
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+
+class Runs:
+    """What a module prints last of a run made in a process of its own, by all that decides it.
+
+    A result depends on nothing else, so it is kept, as a line of a file among the results, and never made twice: a
+    comparison of hours goes on where it was cut off, on any machine. Runs may be asked for from several threads.
+    """
+
+    def __init__(self, path: Path, module: str, *arguments: str) -> None:
+        self._path = path
+        self._command = [sys.executable, "-m", module, *arguments]
+        self._lock = threading.Lock()
+        lines = path.read_text().splitlines() if path.exists() else []
+        self._kept = {_key(line["run"]): line["found"] for line in map(json.loads, lines)}
+
+    def of(self, what: dict[str, Any]) -> dict[str, Any]:
+        """The result of one run. Raises CalledProcessError if it fails."""
+        with self._lock:
+            kept: dict[str, Any] | None = self._kept.get(_key(what))
+        if kept is not None:
+            return kept
+        done = subprocess.run([*self._command, json.dumps(what)], stdout=subprocess.PIPE, text=True, check=True)
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        line = json.dumps({"run": what, "found": found}, ensure_ascii=False)
+        with self._lock, self._path.open("a") as file:
+            file.write(f"{line}\n")
+            self._kept[_key(what)] = found
+        return found
+
+
+def abreast(jobs: Sequence[Callable[[], T]]) -> list[T]:
+    """What they return, in order, two at a time. The first that fails ends it, and none is begun after that."""
+    pool = ThreadPoolExecutor(ABREAST)
+    try:
+        return [done.result() for done in [pool.submit(job) for job in jobs]]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _key(what: dict[str, Any]) -> str:
+    return json.dumps(what, sort_keys=True)
 
 
 def timed_fit(

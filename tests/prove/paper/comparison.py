@@ -1,22 +1,22 @@
 """The comparison of Li & Liang (2021): every way to teach the bundled model a task, on E2E and WebNLG.
 
 Every arm has the same rows, steps and looks at the dev rows; the learning rate is the best of three by dev loss, then
-three seeds are scored on the same 200 inputs. Arm by arm it is kept, and goes on where it was cut off. What an arm
+three seeds are scored on the same 200 inputs. Two arms run at a time; every run is kept in `docs/results`. What an arm
 costs is measured at the very end, in short runs one after another, which should have the machine to themselves.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tests.bench import plots
-from tests.prove.arms import kept_run
+from tests.bench import plots, results
+from tests.prove.arms import Runs, abreast
 from tests.prove.bundled import load
 from tests.prove.paper import baselines
 from tests.prove.paper.runs import RATES, VIRTUAL_TOKENS
@@ -25,8 +25,9 @@ from tests.prove.paper.tasks import Task
 SECTION = "paper"
 COST_STEPS = 40
 COSTS = ("epoch_seconds", "peak_mb", "tokens_per_second")
+Run = Callable[..., dict[str, Any]]  # of a task, an arm, a learning rate, a seed, steps
+Arm = Callable[..., dict[str, Any]]  # of a `Run`, and what it is called
 STEPS, FEW_STEPS, SEEDS, FEW_SEEDS = 1500, 400, (0, 1, 2), (0, 1)
-KEPT = Path("~/.cache/antefix/prove/paper").expanduser()
 TASKS = (Task("e2e"), Task("webnlg"))
 FEW = tuple(Task("e2e", few) for few in (50, 100, 200, 500))
 UNSEEN = Task("webnlg", unseen=True)
@@ -47,7 +48,6 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "prefix_plus": ("prefix_plus", {}),
     "prefix_plus, gelu": ("prefix_plus", {"feature_map": "gelu"}),
 }
-RUN = ("seed", "steps")  # numbers that say which run it is
 COLUMNS = (
     "BLEU", "ROUGE-L", "chrF", "dev loss", "trainable", "KB a task", "s an epoch", "peak MB", "tokens/s written"
 )  # fmt: skip
@@ -60,30 +60,40 @@ def arms() -> dict[str, tuple[float, ...]]:
 
 def run() -> dict[str, Any]:
     """Everything, or what is not there yet."""
+    runs = Runs(results.FOLDER / "paper-runs.jsonl", "tests.prove.paper.runs")
+    base = load()
+
+    def of(task: Task, arm: str, rate: float, seed: int, steps: int, **more: Any) -> dict[str, Any]:
+        what = {"task": vars(task), "arm": arm, "rate": rate, "seed": seed, "steps": steps, **more}
+        return runs.of({"model": base.digest, **what})
+
     plan = [(task, name, STEPS) for task in TASKS for name in arms()]
     plan += [(task, name, FEW_STEPS) for task in FEW for name in FEW_ARMS]
     plan += [(UNSEEN, name, STEPS) for name in UNSEEN_ARMS]
-    every = (*WRITTEN, *arms())
+    written, every = list(itertools.product(TASKS, WRITTEN)), (*WRITTEN, *arms())
+    found: dict[str, Any] = {task.label: {} for task in (*TASKS, *FEW, UNSEEN)}
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as bar:
-        shown = bar.add_task("paper", total=len(TASKS) * len(WRITTEN) + len(plan) + len(ABLATIONS) + len(every))
+        shown = bar.add_task(SECTION, total=len(written) + len(plan) + len(ABLATIONS) + len(every))
 
-        def each(names: Iterable[Any], what: Callable[[Any], str]) -> Iterator[Any]:
-            for name in names:
-                bar.update(shown, description=what(name))
-                yield name
-                bar.advance(shown)
+        def shown_as(work: Arm, *names: Any) -> dict[str, Any]:
+            made = work(of, *names)
+            bar.update(shown, advance=1, description=" ".join(str(getattr(name, "label", name)) for name in names))
+            return made
 
-        found: dict[str, Any] = {task.label: {} for task in (*TASKS, *FEW, UNSEEN)}
-        for task, name in each(itertools.product(TASKS, WRITTEN), lambda arm: f"{arm[0].label}: {arm[1]}"):
-            found[task.label][name] = _written(task, name)
-        for task, name, steps in each(plan, lambda arm: f"{arm[0].label}: {arm[1]}"):
-            found[task.label][name] = _arm(task, name, steps)
+        def both(work: Arm, names: Sequence[tuple[Any, ...]]) -> list[dict[str, Any]]:
+            return abreast([functools.partial(shown_as, work, *name) for name in names])
+
+        for (task, name), arm in zip(written, both(_written, written), strict=True):
+            found[task.label][name] = arm
+        for (task, name, _), arm in zip(plan, both(_arm, plan), strict=True):
+            found[task.label][name] = arm
         first = found[TASKS[0].label]
-        ablations = {name: _ablation(name, first) for name in each(ABLATIONS, "ablation: {}".format)}
-        for name in each(every, "cost: {}".format):
-            first[name] |= _cost(name)
-    parameters = sum(p.numel() for p in load().model.parameters())
-    return {"parameters": parameters, "tasks": found, "ablations": ablations}
+        tuned = {name: first[name]["rate"] for name in arms()}
+        ablations = both(_ablation, [(name, tuned[arm]) for name, (arm, _) in ABLATIONS.items()])
+        for name in every:
+            first[name] |= shown_as(_cost, name)
+    parameters = sum(p.numel() for p in base.model.parameters())
+    return {"parameters": parameters, "tasks": found, "ablations": dict(zip(ABLATIONS, ablations, strict=True))}
 
 
 def missed(measured: dict[str, Any]) -> list[str]:
@@ -135,7 +145,7 @@ def plot(measured: dict[str, Any]) -> None:
 
 def mean(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What runs of several seeds have in common, but for costs: means, and the standard error of BLEU."""
-    kinds = {name: type(value) for name, value in runs[0].items() if name not in (*RUN, *COSTS)}
+    kinds = {name: type(value) for name, value in runs[0].items() if name not in COSTS}
     numbers = [name for name, kind in kinds.items() if kind in (int, float)]
     found = {name: statistics.fmean(run[name] for run in runs) for name in numbers}
     spread = statistics.stdev(run["bleu"] for run in runs) if len(runs) > 1 else 0.0
@@ -143,36 +153,25 @@ def mean(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**found, "bleu_error": spread / len(runs) ** 0.5, "seeds": len(runs), **kept}
 
 
-def _written(task: Task, name: str) -> dict[str, Any]:
-    return mean([_run(task, name, 0.0, seed, 0) for seed in (SEEDS if name.startswith("shots") else SEEDS[:1])])
+def _written(of: Run, task: Task, name: str) -> dict[str, Any]:
+    return mean([of(task, name, 0.0, seed, 0) for seed in (SEEDS if name.startswith("shots") else SEEDS[:1])])
 
 
-def _ablation(name: str, main: dict[str, Any]) -> dict[str, Any]:
+def _arm(of: Run, task: Task, name: str, steps: int) -> dict[str, Any]:
+    tried = {rate: of(task, name, rate, SEEDS[0], steps) for rate in arms()[name]}
+    rate = min(tried, key=lambda rate: tried[rate]["loss"])
+    return mean([tried[rate], *(of(task, name, rate, seed, steps) for seed in SEEDS[1:])])
+
+
+def _ablation(of: Run, name: str, rate: float) -> dict[str, Any]:
     """At the learning rate that is best for the arm itself."""
     arm, options = ABLATIONS[name]
-    return mean([_run(TASKS[0], arm, main[arm]["rate"], seed, FEW_STEPS, options=options) for seed in FEW_SEEDS])
+    return mean([of(TASKS[0], arm, rate, seed, FEW_STEPS, options=options) for seed in FEW_SEEDS])
 
 
-def _cost(name: str) -> dict[str, Any]:
-    found = _run(TASKS[0], name, arms().get(name, (0.0,))[0], 0, COST_STEPS, cost=True)
+def _cost(of: Run, name: str) -> dict[str, Any]:
+    found = of(TASKS[0], name, arms().get(name, (0.0,))[0], 0, COST_STEPS, cost=True)
     return {name: found[name] for name in COSTS if name in found}
-
-
-def _arm(task: Task, name: str, steps: int) -> dict[str, Any]:
-    tried = {rate: _run(task, name, rate, SEEDS[0], steps) for rate in arms()[name]}
-    rate = min(tried, key=lambda rate: tried[rate]["loss"])
-    return mean([tried[rate], *(_run(task, name, rate, seed, steps) for seed in SEEDS[1:])])
-
-
-def _run(task: Task, arm: str, rate: float, seed: int, steps: int, **more: Any) -> dict[str, Any]:
-    """One run, kept under what decides it; `more` is `options` of its training, or what tells two runs apart."""
-    what = {"task": vars(task), "arm": arm, "rate": rate, "seed": seed, "steps": steps, **more}
-    return kept_run(KEPT / load_digest(), task.label, what, "tests.prove.paper.runs")
-
-
-def load_digest() -> str:
-    """Names the model that the kept runs are of."""
-    return load().digest[:12]
 
 
 def _error(one: dict[str, Any], other: dict[str, Any]) -> float:

@@ -1,8 +1,8 @@
 """One run of the comparison in a process of its own: trains, answers the test inputs, says what it took.
 
-`python -m tests.prove.paper.runs '{"task": …, "arm": …, "rate": …, "seed": …, "steps": …}'` prints one line of JSON. A
-run's result depends on nothing else, so it is kept and never made twice. A run of ours may have `options` of its
-training; it is then asked where attention goes as well.
+`python -m tests.prove.paper.runs '{"model": …, "task": …, "arm": …, "rate": …, "seed": …, "steps": …}'` prints one line
+of JSON; `model` is the bundled one's digest. A run of ours may have `options` of its training; it is then asked where
+attention goes as well. A run for its `cost` alone has both threads; others leave one to a run beside them.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ def main() -> None:
     """Reads the run from the command line, writes its result to stdout."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    torch.set_num_threads(2)
-    print(json.dumps(measure(json.loads(sys.argv[1]))))
+    run = json.loads(sys.argv[1])
+    torch.set_num_threads(2 if "cost" in run else 1)
+    print(json.dumps(measure(run)))
 
 
 def measure(run: dict[str, Any]) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
     else:
         found = _baseline(task, run)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {**run, **found, "peak_mb": round(peak)}
+    return {**found, "rate": run["rate"], "peak_mb": round(peak)}
 
 
 def _baseline(task: Task, run: dict[str, Any]) -> dict[str, Any]:

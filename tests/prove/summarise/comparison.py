@@ -1,29 +1,29 @@
 """The paper's second system: a BART that sums up, with prefixes on every attention, on some of them, and its rivals.
 
 A small BART is pretrained first (`pretrain.py`). Every arm has the same rows, steps and looks at the dev rows; the
-learning rate is the best of three by dev loss, then two seeds are scored. Arm by arm it is kept, and goes on where it
-was cut off.
+learning rate is the best of three by dev loss, then two seeds are scored. Two arms run at a time, each with one thread;
+every run is kept in `docs/results`.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors import safe_open
 
 from prefix_store.model import frozen
-from tests.prove.arms import kept_run
+from tests.bench import results
+from tests.prove.arms import Runs, abreast
 from tests.prove.paper.baselines import BATCH
 from tests.prove.summarise import answers, pretrain, runs, tasks
 from tests.prove.summarise.rivals import rivals
 
 SECTION = "summarise"
 STEPS, SEEDS = 600, (0, 1)
-KEPT = pretrain.CACHE / SECTION
 COLUMNS = ("ROUGE-1", "ROUGE-2", "ROUGE-L", "dev loss", "trainable", "KB a task", "s of training")
 
 
@@ -39,14 +39,21 @@ def run() -> dict[str, Any]:
     model = pretrain.finished()
     with safe_open(model.parent / pretrain.CHECKPOINT, "pt") as file:
         trained = {name: float(value) for name, value in file.metadata().items()}
+    made = Runs(results.FOLDER / f"{SECTION}-runs.jsonl", "tests.prove.summarise.runs", str(model))
+    digest = frozen.digest_of(model)
     plan = [(task, arm) for task in tasks.NAMES for arm in arms()]
-    found: dict[str, Any] = {task: {} for task in tasks.NAMES}
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as bar:
         shown = bar.add_task(SECTION, total=len(plan))
-        for task, arm in plan:
-            bar.update(shown, description=f"{task}: {arm}")
-            found[task][arm] = _arm(model, task, arm)
-            bar.advance(shown)
+
+        def work(task: str, arm: str) -> dict[str, Any]:
+            found = _arm(made, {"model": digest, "task": task, "arm": arm})
+            bar.update(shown, advance=1, description=f"{task}: {arm}")
+            return found
+
+        arms_of = abreast([functools.partial(work, *names) for names in plan])
+    found: dict[str, Any] = {task: {} for task in tasks.NAMES}
+    for (task, arm), result in zip(plan, arms_of, strict=True):
+        found[task][arm] = result
     return {
         "parameters": frozen.load(model).model.num_parameters(),
         "pretraining": {"minutes": trained["elapsed"] / 60, "steps": trained["step"]},
@@ -88,19 +95,15 @@ def mean(several: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**found, "rougeL_error": spread / len(several) ** 0.5, "seeds": len(several), **kept}
 
 
-def _arm(model: Path, task: str, arm: str) -> dict[str, Any]:
-    if not (rates := arms()[arm]):
-        return mean([_run(model, task, arm, 0.0, SEEDS[0], 0)])
-    tried = {rate: _run(model, task, arm, rate, SEEDS[0], STEPS) for rate in rates}
+def _arm(made: Runs, what: dict[str, Any]) -> dict[str, Any]:
+    def one(rate: float, seed: int) -> dict[str, Any]:
+        return made.of({**what, "rate": rate, "seed": seed, "steps": STEPS})
+
+    if not (rates := arms()[what["arm"]]):
+        return mean([one(0.0, SEEDS[0])])
+    tried = {rate: one(rate, SEEDS[0]) for rate in rates}
     rate = min(tried, key=lambda rate: tried[rate]["loss"])
-    return mean([tried[rate], *(_run(model, task, arm, rate, seed, STEPS) for seed in SEEDS[1:])])
-
-
-def _run(model: Path, task: str, arm: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
-    """One run, kept under what decides it."""
-    what = {"task": task, "arm": arm, "rate": rate, "seed": seed, "steps": steps}
-    folder = KEPT / frozen.digest_of(model)[:12]
-    return kept_run(folder, task, what, "tests.prove.summarise.runs", str(model))
+    return mean([tried[rate], *(one(rate, seed) for seed in SEEDS[1:])])
 
 
 def _table(task: str, found: dict[str, Any], parameters: int) -> str:

@@ -1,7 +1,8 @@
 """One run of the comparison in a process of its own: trains, answers the test inputs, says what it took.
 
-`python -m tests.prove.summarise.runs MODEL '{"task": …, "arm": …, "rate": …, "seed": …, "steps": …}'` prints one line
-of JSON. A run's result depends on nothing but these and the model, so it is kept and never made twice.
+`python -m tests.prove.summarise.runs FOLDER '{"model": …, "task": …, "arm": …, "rate": …, "seed": …, "steps": …}'`
+prints one line of JSON; `model` is the digest of what is in the folder. It takes one thread, and leaves the other to a
+run beside it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def main() -> None:
     """Reads the run from the command line, writes its result to stdout."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     print(json.dumps(measure(Path(sys.argv[1]), json.loads(sys.argv[2]))))
 
 
@@ -52,15 +53,14 @@ def measure(model: Path, run: dict[str, Any], rows: int | None = None) -> dict[s
     """ROUGE, dev loss, trainable and kept numbers, seconds of training. `rows`: of the task's only so many."""
     task, fresh = tasks.load(run["task"]).first(rows), frozen.load(model)
     if run["arm"] == INPUT:
-        inputs = [row["prompt"] for row in task.test]
-        return {**run, "trainable": 0, "kept": 0, **_scored(inputs, task)}
-    if run["arm"] == UNTUNED:
+        found = {"trainable": 0, "kept": 0, **_scored([row["prompt"] for row in task.test], task)}
+    elif run["arm"] == UNTUNED:
         found = _untuned(fresh, task)
     elif run["arm"] in OURS:
         found = _ours(fresh, frozen.load(model), task, run)
     else:
         found = _rival(fresh, task, run)
-    return {**run, **found}
+    return {"rate": run["rate"], **found}
 
 
 def _untuned(model: FrozenModel, task: tasks.Task) -> dict[str, Any]:
