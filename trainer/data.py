@@ -76,8 +76,8 @@ def preparing(
     `validation` none sets some of the examples aside. Raises InvalidTrainingData with the line, ChatTemplateMissing,
     and ContextLengthExceeded where the prefix leaves no room.
     """
-    start_id = frozen.start_id if frozen.is_encoder_decoder else None
-    asked, encoder = spec, ExampleEncoder(frozen.tokenizer, frozen.end_ids, spec.template, spec.chat_template, start_id)
+    start = frozen.start_ids if frozen.is_encoder_decoder else ()
+    asked, encoder = spec, ExampleEncoder(frozen.tokenizer, frozen.end_ids, spec.template, spec.chat_template, start)
     room = frozen.context_length
     lines = yield from _encoding(encoder, examples, room)
     judges = yield from _encoding(encoder, validation, room, VALIDATION)

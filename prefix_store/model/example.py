@@ -31,7 +31,7 @@ class Example:
     """Token ids of a prompt and its completion; the first `prompt_length` (at least 1) are only conditioned on.
 
     `source`: for an encoder-decoder model, the prompt, which the encoder reads; `ids` are then the decoder's, the
-    token that every answer begins with and the completion. `answers`: of a conversation with several, the places of
+    tokens that every answer begins with and the completion. `answers`: of a conversation with several, the places of
     each, in order; the first begins at `prompt_length`. `teacher`: what is to be learned instead of the tokens
     themselves.
     """
@@ -79,15 +79,15 @@ class _Answer:
 class ExampleEncoder:
     """How examples become tokens: by serving's tokenizer, its templates, and the tokens that end an answer there.
 
-    `template` stands around prompts. `chat_template` writes messages; None is the tokenizer's own. `start_id`: the
-    token that every answer of an encoder-decoder model begins with; None is a decoder-only model.
+    `template` stands around prompts. `chat_template` writes messages; None is the tokenizer's own. `start`: the tokens
+    that every answer of an encoder-decoder model begins with, unseen; none is a decoder-only model.
     """
 
     tokenizer: Any
     ends: frozenset[int]
     template: str | None = None
     chat_template: str | None = None
-    start_id: int | None = None
+    start: tuple[int, ...] = ()
 
     def encode(self, example: Mapping[str, Any], room: int) -> list[Example]:
         """A canonical example as one or more of at most `room` tokens, at least 2.
@@ -100,7 +100,7 @@ class ExampleEncoder:
         """
         try:
             if "text" in example:
-                if self.start_id is not None:
+                if self.start:
                     raise InvalidTrainingData(
                         "a text has no part for the encoder to read; expected a prompt and a completion",
                         param="examples",
@@ -133,7 +133,7 @@ class ExampleEncoder:
             if not is_learned(message):
                 continue
             answer = self._answer(shown[: place + 1])
-            if self.start_id is None and last is not None and len(answer.whole) <= room and _goes_on(last, answer):
+            if not self.start and last is not None and len(answer.whole) <= room and _goes_on(last, answer):
                 found[-1] = _joined(found[-1], last, answer)
             else:
                 found.append(self._cut(answer.before, answer.ids, room))
@@ -165,9 +165,9 @@ class ExampleEncoder:
         return _Answer(before, prompt.ended(self.tokenizer, ids), len(before) + len(ids))
 
     def _cut(self, before: list[int], answer: list[int], room: int) -> Example:
-        if self.start_id is not None:
+        if self.start:
             source = _keep_start(before, room, self.tokenizer.eos_token_id)
-            return Example((self.start_id, *answer)[:room], 1, source=tuple(source))
+            return Example((*self.start, *answer)[:room], len(self.start), source=tuple(source))
         before = _keep_end(before, max(1, room - len(answer)), self.tokenizer.bos_token_id)
         return Example(tuple(before + answer)[:room], len(before))
 

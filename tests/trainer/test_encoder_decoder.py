@@ -240,6 +240,14 @@ def test_samples_are_what_the_model_would_say(family):
         assert sample["after"] == frozen.tokenizer.decode(ids[1:], skip_special_tokens=True)
 
 
+def test_an_answer_begins_in_training_as_the_generation_config_has_it_begin_in_serving():
+    frozen = training_model.attach(tiny_frozen("bart"))
+    frozen.model.generation_config.forced_bos_token_id = 7
+    spec = TrainingSpec(data_digest="", examples=len(EXAMPLES), **QUICK)
+    for example in data.prepare(frozen, spec, EXAMPLES).train:
+        assert example.ids[: example.prompt_length] == (frozen.start_id, 7)
+
+
 def test_a_method_that_knows_one_stack_tunes_the_decoders_own(store):
     """As a plugged-in one that was written for decoder-only models."""
     job = store.jobs.submit(TENANT, NAME, EXAMPLES, {**QUICK, "method": "own"}, methods=["own"])

@@ -196,7 +196,7 @@ def test_a_text_of_one_token_leaves_nothing_to_learn():
 
 
 START = 99
-BOTH = ExampleEncoder(TOKENIZER, frozenset({EOS}), start_id=START)
+BOTH = ExampleEncoder(TOKENIZER, frozenset({EOS}), start=(START,))
 
 
 def test_an_encoder_reads_the_prompt_and_the_decoder_begins_with_its_start():
@@ -204,6 +204,13 @@ def test_an_encoder_reads_the_prompt_and_the_decoder_begins_with_its_start():
     assert found == Example((START, *tokens(" cd"), EOS), 1, source=(BOS, *tokens("ab")))
     assert list(found.targets) == [1, 2, 3, 4]
     assert (found.tokens, found.longest) == (8, 5)
+
+
+def test_what_an_answer_is_forced_to_begin_with_is_read_and_not_learned():
+    encoder = ExampleEncoder(TOKENIZER, frozenset({EOS}), start=(START, BOS))
+    (found,) = encoder.encode({"prompt": "ab", "completion": " cd"}, 100)
+    assert found.ids == (START, BOS, *tokens(" cd"), EOS)
+    assert [found.ids[place] for place in found.targets] == [*tokens(" cd"), EOS]
 
 
 def test_each_of_the_two_has_the_room_and_loses_its_end():
@@ -214,7 +221,7 @@ def test_each_of_the_two_has_the_room_and_loses_its_end():
 def test_the_end_that_a_tokenizer_puts_behind_a_source_stays():
     ending = tiny_tokenizer()
     ending._tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", EOS)])
-    encoder = ExampleEncoder(ending, frozenset({EOS}), start_id=START)
+    encoder = ExampleEncoder(ending, frozenset({EOS}), start=(START,))
     (found,) = encoder.encode({"prompt": "abcdefgh", "completion": " 1"}, 5)
     assert found.source == (*tokens("abcd"), EOS)
 
@@ -225,7 +232,7 @@ def test_a_text_has_nothing_for_an_encoder():
 
 
 def test_each_answer_has_its_own_source():
-    encoder = ExampleEncoder(TOKENIZER, frozenset({EOS}), chat_template=MARKS, start_id=START)
+    encoder = ExampleEncoder(TOKENIZER, frozenset({EOS}), chat_template=MARKS, start=(START,))
     found = encoder.encode({"messages": TURNS}, 500)
     learned = [turn["content"] for turn in TURNS if turn["role"] == "assistant" and turn.get("weight") != 0]
     assert [example.ids for example in found] == [(START, *tokens(text), EOS) for text in learned]

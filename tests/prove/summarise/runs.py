@@ -115,7 +115,7 @@ def _scored(written: list[str], task: tasks.Task) -> dict[str, Any]:
 
 def _examples(model: FrozenModel, rows: list[tasks.Row]) -> list[Example]:
     """As a job encodes them: what is longer than the context loses its end."""
-    encoder = ExampleEncoder(model.tokenizer, model.end_ids, start_id=model.start_id)
+    encoder = ExampleEncoder(model.tokenizer, model.end_ids, start=model.start_ids)
     return [example for line in encode_lines(encoder, rows, model.context_length) for example in line]
 
 
