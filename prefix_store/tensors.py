@@ -78,6 +78,8 @@ def check_fits(manifest: PrefixManifest, geometry: ModelGeometry, base_digest: s
     different = geometry.differences(manifest.geometry)
     if different:
         raise PrefixMismatch("the prefix does not fit this model: " + "; ".join(different), param="file")
+    if manifest.method is Method.PREFIX_PLUS and geometry.encoder is not None:
+        raise PrefixMismatch("prefix_plus is not defined for an encoder-decoder model", param="file")
     if manifest.base_digest not in (None, base_digest):
         raise PrefixMismatch(
             f"the prefix was made for another base model: expected base_digest {base_digest[:12]}…, "

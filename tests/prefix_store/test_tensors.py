@@ -90,6 +90,11 @@ def test_another_base_model_does_not_fit():
         check_fits(manifest(base_digest="b" * 64), GEOMETRY, "a" * 64, context_length=100)
 
 
+def test_a_memory_fits_no_encoder_decoder_model():
+    with pytest.raises(PrefixMismatch, match="not defined"):
+        check_fits(manifest(Method.PREFIX_PLUS, geometry=BOTH), BOTH, "a" * 64, context_length=100)
+
+
 def test_a_prefix_must_leave_room_for_a_prompt_and_a_token():
     with pytest.raises(PrefixMismatch, match="no room"):
         check_fits(manifest(), GEOMETRY, "a" * 64, context_length=6)

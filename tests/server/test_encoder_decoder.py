@@ -175,3 +175,9 @@ def test_a_file_for_another_shape_of_encoder_is_refused(running: Running) -> Non
     other = models.load(models.BUNDLED)
     reply = client.post("/v1/prefixes", data={"id": "x"}, files={"file": ("f", artefacts.native(other, 3))})
     assert "does not fit this model" in refusal(reply)["message"]
+
+
+def test_a_memory_is_refused(running: Running) -> None:
+    client, frozen = running
+    reply = client.post("/v1/prefixes", data={"id": "x"}, files={"file": ("f", artefacts.memory(frozen))})
+    assert "prefix_plus is not defined for an encoder-decoder model" in refusal(reply)["message"]
