@@ -121,7 +121,8 @@ class BeamGroup(Sequence):
     def given_up(self) -> tuple[Hypothesis, ...]:
         """The best so far, those that have not ended among them."""
         begun = [beam for beam in self.beams if beam.generated]
-        return tuple(self._best(_hypothesis(self, beam.score, beam, FinishReason.TIMEOUT) for beam in begun))
+        reason = FinishReason.TIMEOUT
+        return tuple(self._best(_hypothesis(self, beam.score, beam, beam.generated, reason) for beam in begun))
 
     def _goes_on(self, candidates: Rows[Rows[Candidate]]) -> bool:
         """Gives every beam its next token; False once no answer could be better than those that have ended.
@@ -185,8 +186,10 @@ class BeamGroup(Sequence):
 
     def _ending(self, score: float, beam: Beam, candidate: Candidate) -> Hypothesis:
         if candidate.token_id in self.end_ids:
-            return _hypothesis(self, score, beam, FinishReason.STOP, candidate.scored)
-        return _hypothesis(self, score, _child(beam, candidate, score, 0), FinishReason.LENGTH)
+            # an end that the model's rule puts where there is no more room is no end of the answer's own
+            reason = FinishReason.STOP if beam.forced is None else FinishReason.LENGTH
+            return _hypothesis(self, score, beam, beam.generated + 1, reason, candidate.scored)
+        return _hypothesis(self, score, _child(beam, candidate, score, 0), beam.generated + 1, FinishReason.LENGTH)
 
     def _best(self, more: Iterable[Hypothesis]) -> list[Hypothesis]:
         """As many as there are beams; of equals those that ended first."""
@@ -239,10 +242,9 @@ def _child(parent: Beam, candidate: Candidate, score: float, place: int) -> Beam
 
 
 def _hypothesis(
-    group: BeamGroup, score: float, beam: Beam, reason: FinishReason, end: TokenLogprob | None = None
+    group: BeamGroup, score: float, beam: Beam, length: int, reason: FinishReason, end: TokenLogprob | None = None
 ) -> Hypothesis:
-    """A beam with its score by its length, the token that ends it counted."""
-    length = beam.generated + (reason is FinishReason.STOP)
+    """A beam with its score by its length, which counts the token that ends it."""
     return Hypothesis(
         token_ids=tuple(beam.tokens[beam.prompt_length :]),
         score=score / length**group.request.params.length_penalty,

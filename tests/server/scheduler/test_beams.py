@@ -133,6 +133,8 @@ class Device:
         if sequence.width == 1:
             return RowResult(7)
         found = logprobs(tuple(sequence.tokens), digest)
+        if sequence.forced is not None:
+            found = [0.0 if token == sequence.forced else -math.inf for token in range(VOCABULARY)]
         best = sorted(range(VOCABULARY), key=lambda token: -found[token])[: sequence.width + 1]
         return RowResult(candidates=tuple(Candidate(token, found[token]) for token in best))
 
@@ -225,6 +227,21 @@ def test_slots_that_do_not_follow_their_beam_are_seen(monkeypatch):
     device.scheduler.add(request("a", new=8, beams=4), seed=0)
     with pytest.raises((AssertionError, KeyError)):
         device.drain()
+
+
+def test_an_end_that_is_forced_for_want_of_room_is_no_stop():
+    device = Device(make())
+    made = request("a", new=3, beams=2, last_id=EOS, length_penalty=0.0)
+    device.scheduler.add(made, seed=0)
+    ((event,),) = device.drain().values()
+    lengths = {len(answer.token_ids): answer.finish_reason for answer in event.hypotheses}
+    assert lengths[2] is FinishReason.LENGTH
+    assert all(reason is FinishReason.STOP for length, reason in lengths.items() if length < 2)
+    for answer in event.hypotheses:
+        told = [logprobs((*made.prompt_ids, *answer.token_ids[:end]), None) for end in range(len(answer.token_ids))]
+        own = sum(row[token] for row, token in zip(told, answer.token_ids, strict=True))
+        if answer.finish_reason is FinishReason.LENGTH:
+            assert answer.score == pytest.approx(own)  # a token that has no choice costs nothing
 
 
 def test_a_prompt_is_computed_once_for_all_beams():
