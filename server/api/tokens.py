@@ -70,11 +70,11 @@ async def _tokenize_example(
     room = services.frozen.context_length - generation.virtual_tokens(prefix) - 1
     template = prefix.template if prefix is not None else None
     frozen = services.frozen
-    encoder = ExampleEncoder(frozen.tokenizer, frozen.end_ids, template, services.chat_template)
+    start = frozen.start_ids if frozen.is_encoder_decoder else ()
+    encoder = ExampleEncoder(frozen.tokenizer, frozen.end_ids, template, services.chat_template, start)
     kept = min(body.max_length or room, room)
     pieces = await to_thread.run_sync(_encode_example, encoder, example, kept, limiter=services.tokenizing)
-    found = [{"tokens": piece.ids, "targets": list(piece.targets)} for piece in pieces]
-    return {"max_model_len": frozen.context_length, "examples": found}
+    return {"max_model_len": frozen.context_length, "examples": [_shown(piece) for piece in pieces]}
 
 
 async def _check_model(model: str | None, services: Services, caller: Caller) -> None:
@@ -95,6 +95,11 @@ def _encode(body: TokenizeBody, services: Services) -> tuple[list[int], list[str
     special = special if body.add_special_tokens is None else body.add_special_tokens
     ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
     return ids, tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
+
+
+def _shown(example: Example) -> dict[str, Any]:
+    read = {"source": example.source} if example.source else {}
+    return {"tokens": example.ids, "targets": list(example.targets), **read}
 
 
 def _encode_example(encoder: ExampleEncoder, example: dict[str, Any], room: int) -> list[Example]:

@@ -181,3 +181,13 @@ def test_a_memory_is_refused(running: Running) -> None:
     client, frozen = running
     reply = client.post("/v1/prefixes", data={"id": "x"}, files={"file": ("f", artefacts.memory(frozen))})
     assert "prefix_plus is not defined for an encoder-decoder model" in refusal(reply)["message"]
+
+
+def test_an_example_is_shown_as_training_reads_it(running: Running) -> None:
+    client, frozen = running
+    reply = client.post("/tokenize", json={"example": {"prompt": PROMPT, "completion": " seven"}}).json()
+    (shown,) = reply["examples"]
+    answer = frozen.tokenizer(" seven", add_special_tokens=False).input_ids
+    assert shown["source"] == frozen.tokenizer(PROMPT).input_ids
+    assert shown["tokens"][: len(frozen.start_ids) + len(answer)] == [*frozen.start_ids, *answer]
+    assert shown["targets"][0] == len(frozen.start_ids)
