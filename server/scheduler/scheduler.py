@@ -5,7 +5,7 @@ A step is `plan = schedule()`, the engine runs it, `events = commit(plan, result
 1. a tenant that waits and has no row is let in, if need be at the cost of the newest row of whoever has the most;
 2. rows that decode go on, one token each;
 3. prompts that have begun go on, in chunks: what is left of the token budget is shared equally between tenants, and
-   while others decode it is no more than makes the step take 1.7 times as long, unless prompts have piled up;
+   while others decode it is no more than makes the step take 1.5 times as long, or 3 times as prompts pile up;
 4. with the rest, and with half of it where a single prompt has begun, whoever waits is admitted, least service first;
    within a tenant, in order of arrival.
 
@@ -93,7 +93,8 @@ class Scheduler:
         rows = self._decode_rows()
         unread = [sequence for sequence in self.running if sequence.is_unread]
         prompts = [sequence for sequence in self.running if sequence.remaining > 1 and not sequence.is_unread]
-        budget = self._step_cost.prompt_budget(self.limits.step_tokens, len(rows), len(prompts) + len(self.waiting))
+        context = sum(sequence.computed for sequence in prompts) / max(1, len(prompts))
+        budget = self._step_cost.prompt_budget(self.limits.step_tokens, len(rows), context, self._backlog(prompts))
         # a single prompt does not hold up those behind it, however long it is
         beside = self._admit(budget // 2, unread) if len(prompts) == 1 else []
         budget -= _tokens(beside)
@@ -106,9 +107,11 @@ class Scheduler:
     def commit(self, plan: StepPlan, results: Iterable[RowResult]) -> list[TokenEvent]:
         """Applies what the rows of a plan produced, in the plan's order."""
         if plan.rows and not plan.transfers:
-            decoding = sum(row.sequence.is_decoding for row in plan.rows)
-            prompt_tokens = _tokens(plan.rows) - decoding
-            self._step_cost.note(decoding, prompt_tokens, self._clock() - self._planned_at)
+            chunks = [row for row in plan.rows if not row.sequence.is_decoding]
+            prompt_tokens = _tokens(chunks)
+            context = sum(row.cost * (row.start + row.cost / 2) for row in chunks) / max(1, prompt_tokens)
+            decoding = len(plan.rows) - len(chunks)
+            self._step_cost.note(decoding, prompt_tokens, context, self._clock() - self._planned_at)
         events = [self._commit_rows(*found) for found in outcome.by_sequence(plan.rows, results)]
         return [event for event in events if event is not None]
 
@@ -217,6 +220,12 @@ class Scheduler:
             self._preempt(other)
         self.space.make_run(sequence, size)
         return self.space.place(sequence, size)
+
+    def _backlog(self, prompts: list[Sequence]) -> list[tuple[int, float]]:
+        """Tokens of prompts that are not done, and how many stand before each of them on average."""
+        begun = [(sequence.remaining, sequence.computed + sequence.remaining / 2) for sequence in prompts]
+        waiting = sum(sequence.remaining for sequence in self.waiting)
+        return [*begun, (waiting, waiting / 2 / max(1, len(self.waiting)))]
 
     def _decode_rows(self) -> list[Row]:
         rows: list[Row] = []

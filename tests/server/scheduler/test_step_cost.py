@@ -6,7 +6,7 @@ import pytest
 
 from server.scheduler.plan import RowResult
 from server.scheduler.scheduler import Scheduler
-from server.scheduler.step_cost import ADDED, StepCost
+from server.scheduler.step_cost import ADDED, ADDED_MOST, SOON, StepCost
 from tests.server.scheduler.test_scheduler import Clock, make, request
 
 
@@ -14,10 +14,10 @@ def learn(cost: StepCost, fixed: float, each: float, steps: int = 60, most: int 
     """Steps as a server has them: many that only decode, and chunks as large as they may be."""
     for index in range(steps):
         decoding = 1 + index % 20
-        cost.note(decoding, 0, fixed + each * decoding)
+        cost.note(decoding, 0, 0, fixed + each * decoding)
         if index % 3 == 0:
             chunk = min(most, max(16, cost.bearable(decoding) or most))
-            cost.note(decoding, chunk, fixed + each * (decoding + chunk))
+            cost.note(decoding, chunk, 0, fixed + each * (decoding + chunk))
 
 
 @pytest.mark.parametrize(("fixed", "each"), [(0.010, 0.001), (0.004, 0.00001), (0.001, 0.002)])
@@ -28,20 +28,40 @@ def test_as_many_prompt_tokens_as_add_a_share_of_the_step(fixed: float, each: fl
     assert cost.bearable(100) == pytest.approx(ADDED * (fixed / each + 100), rel=0.05, abs=2), "no step was like this"
 
 
+@pytest.mark.parametrize("further", [0.0, 0.0002, 0.003])
+def test_tokens_behind_long_texts_cost_what_they_were_seen_to_cost(further: float) -> None:
+    cost = StepCost()
+    for index in range(100):
+        context = 50 * (37 * index % 100)
+        cost.note(8, 0, 0, 0.018)
+        cost.note(8, 30, context, 0.018 + 30 * (0.001 + further * context / 1000))
+    for context in (0, 1000, 6000):
+        each = 0.001 + further * context / 1000
+        assert cost.bearable(8, context) == pytest.approx(ADDED * 0.018 / each, rel=0.1, abs=1)
+
+
+def test_short_texts_say_nothing_of_long_ones() -> None:
+    cost = StepCost()
+    for index in range(100):
+        cost.note(8, 0, 0, 0.018)
+        cost.note(8, 30, index % 7, 0.018 + 0.030 + 0.003 * (index % 2))
+    assert cost.bearable(8, 4000) == pytest.approx(cost.bearable(8, 0), rel=0.5)
+
+
 def test_nobody_can_tell_without_both_kinds_of_step() -> None:
     cost = StepCost()
-    cost.note(0, 400, 0.4)
+    cost.note(0, 400, 0, 0.4)
     assert cost.bearable(8) is None
     for _ in range(50):
-        cost.note(8, 0, 0.1)
+        cost.note(8, 0, 0, 0.1)
     assert cost.bearable(8) is None
 
 
 def test_prompts_that_cost_nothing_are_not_held_back() -> None:
     cost = StepCost()
     for _ in range(9):
-        cost.note(8, 0, 0.1)
-        cost.note(8, 100, 0.1)
+        cost.note(8, 0, 0, 0.1)
+        cost.note(8, 100, 0, 0.1)
     assert cost.bearable(8) is None
 
 
@@ -50,14 +70,14 @@ def test_prompts_that_cost_nothing_are_not_held_back() -> None:
 def test_an_outlier_is_forgotten_by_the_steps_that_it_still_allows(seconds: float, when: int) -> None:
     cost = StepCost()
     for index in range(when):
-        cost.note(8, 0, 0.0108)
-        cost.note(8, 100, 0.0208 + index * 1e-9)
-    cost.note(8, 0, 0.0108)
-    cost.note(8, 400, seconds)
+        cost.note(8, 0, 0, 0.0108)
+        cost.note(8, 100, 0, 0.0208 + index * 1e-9)
+    cost.note(8, 0, 0, 0.0108)
+    cost.note(8, 400, 0, seconds)
     learn(cost, 0.010, 0.0001, steps=400)
     assert cost.bearable(8) == pytest.approx(ADDED * 108, rel=0.1)
     for _ in range(3):
-        cost.note(8, 0, seconds)
+        cost.note(8, 0, 0, seconds)
     learn(cost, 0.010, 0.0001, steps=100)
     assert cost.bearable(8) == pytest.approx(ADDED * 108, rel=0.1)
 
@@ -66,8 +86,8 @@ def test_an_outlier_is_forgotten_by_the_steps_that_it_still_allows(seconds: floa
 def test_a_clock_that_does_not_move_tells_nothing(seconds: float) -> None:
     cost = StepCost()
     for _ in range(5):
-        cost.note(8, 0, seconds)
-        cost.note(8, 100, seconds)
+        cost.note(8, 0, 0, seconds)
+        cost.note(8, 100, 0, seconds)
     assert cost.bearable(8) is None
 
 
@@ -94,30 +114,37 @@ def warm(**limits: int) -> tuple[Scheduler, Clock]:
     return scheduler, clock
 
 
-def test_a_prompt_lets_a_step_take_so_much_longer_and_no_more() -> None:
-    scheduler, clock = warm()
-    for index in range(8):
+def decoding(scheduler: Scheduler, clock: Clock, rows: int) -> None:
+    """So many rows that are past their prompts."""
+    for index in range(rows):
         scheduler.add(request(f"{index}", prompt=4, new=200), seed=0)
     while any(sequence.remaining > 1 for sequence in scheduler.running) or scheduler.waiting:
         step(scheduler, clock)
-    scheduler.add(request("long", prompt=400), seed=0)
+
+
+def test_a_prompt_lets_a_step_take_so_much_longer_and_no_more() -> None:
+    scheduler, clock = warm()
+    decoding(scheduler, clock, 8)
+    scheduler.add(request("short", prompt=90), seed=0)
     sizes = [sum(step(scheduler, clock)) for _ in range(5)]
     assert sizes == pytest.approx([8 + ADDED * 28] * 5, abs=3)
+
+
+def test_steps_are_longer_where_prompts_would_take_many() -> None:
+    scheduler, clock = warm()
+    decoding(scheduler, clock, 8)
+    length = 280
+    scheduler.add(request("long", prompt=length), seed=0)
+    assert sum(step(scheduler, clock)) == pytest.approx(8 + length / SOON, abs=3)
+    for index in range(5):
+        scheduler.add(request(f"another {index}", prompt=length), seed=0)
+    assert sum(step(scheduler, clock)) == pytest.approx(8 + ADDED_MOST * 28, abs=3), "and never longer than that"
 
 
 def test_a_prompt_that_delays_nobody_takes_the_whole_step() -> None:
     scheduler, clock = warm()
     scheduler.add(request("long", prompt=600), seed=0)
     assert step(scheduler, clock) == [512]
-
-
-def test_a_pile_of_prompts_is_not_put_off_for_ever() -> None:
-    scheduler, clock = warm()
-    scheduler.add(request("decodes", prompt=2, new=1000), seed=0)
-    step(scheduler, clock)
-    for index in range(100):
-        scheduler.add(request(f"{index}", prompt=400), seed=0)
-    assert sum(step(scheduler, clock)) == 512
 
 
 def test_a_long_prompt_does_not_hold_up_a_short_one_of_the_same_tenant() -> None:
