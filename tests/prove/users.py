@@ -28,7 +28,7 @@ from trainer.worker import Worker
 SECTION = "users"
 PARTS = 5
 NAME = "voice"
-OPTIONS: dict[str, Any] = {"virtual_tokens": 16, "steps": 120, "max_length": 160, "publish_anyway": True}
+OPTIONS: dict[str, Any] = {"virtual_tokens": 16, "steps": 60, "max_length": 160, "publish_anyway": True}
 KEPT = Path("~/.cache/antefix/prove").expanduser()
 GOAL = 95
 
