@@ -28,6 +28,7 @@ AntefixError
 ├── StoreUnavailable             the store cannot be reached
 ├── StoreCorrupt                 stored bytes do not match their digest
 ├── ModelUnsupported             a model that cannot be served right
+├── Loading                      this server is not ready yet
 └── GenerationFailed             the engine could not finish a request
     └── ShuttingDown             this server takes no more requests; another one, or a later one, does
 """
@@ -209,6 +210,17 @@ class ModelUnsupported(AntefixError):
     """A model that cannot be served right; the message says why."""
 
     code = "model_unsupported"
+
+
+class Loading(AntefixError):
+    """This server is not ready yet; try again soon."""
+
+    code = "loading"
+
+    def __init__(
+        self, message: str = "the server is loading its model; try again soon", *, param: str | None = None
+    ) -> None:
+        super().__init__(message, param=param)
 
 
 class GenerationFailed(AntefixError):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import gc
 import signal
+import socket
+from collections.abc import Callable
+from contextlib import ExitStack
 from types import FrameType
 
 from server import logs, settings
@@ -16,10 +19,23 @@ def main() -> None:
     """Runs until SIGINT or SIGTERM, and then ends with status 0. What prevents a start is one line on stderr."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
-    argparse.ArgumentParser("python -m server", description=__doc__, epilog=SETTINGS).parse_args()
+    parser = argparse.ArgumentParser("python -m server", description=__doc__, epilog=SETTINGS)
+    parser.add_argument("--ready-fd", type=int, help="a descriptor that a line is written to once requests are taken")
+    asked = parser.parse_args()
     chosen = settings.read()
     logs.configure()
     print("antefix starts …", flush=True)
+    from server import loading
+
+    listener = loading.listen(chosen.host, chosen.port)
+    with ExitStack() as stack:
+        stack.enter_context(loading.answering(listener))
+        _serve(chosen, listener, stack.close, asked.ready_fd)
+
+
+def _serve(
+    chosen: settings.Settings, listener: socket.socket, stop_loading: Callable[[], None], ready_fd: int | None
+) -> None:
     # what is imported is never freed: looked through while it is made, it slows the start by an eighth, and later
     # every look at all of its 400,000 objects would stop every thread for a quarter of a second
     gc.disable()
@@ -27,7 +43,7 @@ def main() -> None:
 
     gc.freeze()
     gc.enable()
-    serve(chosen)
+    serve(chosen, listener, stop_loading, ready_fd)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

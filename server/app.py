@@ -32,9 +32,11 @@ from server.api import (
     versions,
 )  # fmt: skip
 from server.api.auth import Gate, authorise
+from server.api.drain import Drain, Draining
 from server.api.exchange import Exchange
 from server.api.limits import MB, BodyLimit
 from server.api.rates import Rates, counters
+from server.api.reach import Reach
 from server.api.recent import Recent
 from server.api.services import Services
 from server.collector import COLLECT_SECONDS, PATIENCE_SECONDS, Collector
@@ -57,13 +59,14 @@ def create_app(
     counters_url: str | None = None,
     collect_seconds: float = COLLECT_SECONDS,
     chat_template: str | None = None,
+    drain: Drain | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
     """Joins the parts of a server. The loop must run; it is stopped, and the store closed, when the app shuts down.
 
     `methods` names the ways to tune a prefix that a job may ask for. `counters_url`: the store's address, where rates
-    are counted if it is a Redis. `chat_template` stands in for the tokenizer's own. `clock` is the one that the engine
-    reads deadlines by.
+    are counted if it is a Redis. `chat_template` stands in for the tokenizer's own. `drain` is begun by whoever stops
+    the server. `clock` is the one that the engine reads deadlines by.
     """
 
     @asynccontextmanager
@@ -87,6 +90,7 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
     )
+    drain = drain or Drain()
     grammars = Grammars(frozen)
     metrics = Metrics(loop.stats, store.jobs.job_counts)
     recent = Recent(lambda what: metrics.from_memory.labels(what).inc())
@@ -104,6 +108,8 @@ def create_app(
         gate,
         rates,
         recent,
+        drain,
+        Reach(store.ping),
         require_prefix,
         methods,
         clock,
@@ -111,6 +117,7 @@ def create_app(
     )
     errors.install(app)
     app.add_middleware(BodyLimit, upload_bytes=max_upload_mb * MB, metrics=metrics)
+    app.add_middleware(Draining, drain=drain, metrics=metrics)
     app.add_middleware(Exchange, metrics=metrics)
     parts = (
         *(ops, openapi, model, generate, completions, chat, models, tokens, training, files, fine_tuning),

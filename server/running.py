@@ -11,24 +11,29 @@ import asyncio
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from types import FrameType
 
 import torch
 import uvicorn
 from fastapi import FastAPI
 
+from server.api.drain import Drain
 from server.api.wire import Protocol
 from server.engine.loop import EngineLoop
 
-# What running requests get to finish in once the server was told to stop.
+# What running requests get to finish in at Ctrl-C; `Drain` knows what they get at SIGTERM.
 SHUTDOWN_SECONDS = 1
+POLL_SECONDS = 0.05
 
 
-def run(app: FastAPI, listener: socket.socket, loop: EngineLoop, on_ready: Callable[[], None]) -> None:
+def run(app: FastAPI, listener: socket.socket, loop: EngineLoop, drain: Drain, on_ready: Callable[[], None]) -> None:
     """Runs the engine in the calling thread, the main one; `on_ready` is called when HTTP answers.
 
-    Raises SystemExit with status 1 if it never did; why is in the log.
+    SIGTERM drains; SIGINT, and any second signal, ends it. Raises SystemExit with status 1 if HTTP never answered;
+    why is in the log.
     """
     config = uvicorn.Config(
         app,
@@ -41,7 +46,7 @@ def run(app: FastAPI, listener: socket.socket, loop: EngineLoop, on_ready: Calla
         timeout_graceful_shutdown=SHUTDOWN_SECONDS + 1,
         timeout_keep_alive=75,
     )
-    server = _Server(config, loop, on_ready)
+    server = _Server(config, loop, drain, on_ready)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, server.handle_exit)
     answering = threading.Thread(target=_answer, args=(server, listener, loop), name="http", daemon=True)
@@ -64,15 +69,34 @@ def _answer(server: uvicorn.Server, listener: socket.socket, loop: EngineLoop) -
 class _Server(uvicorn.Server):
     """Says when it answers, not before; when it stops, what still runs after a while is told so."""
 
-    def __init__(self, config: uvicorn.Config, loop: EngineLoop, on_ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, loop: EngineLoop, drain: Drain, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
         self._loop = loop
+        self._drain = drain
         self._on_ready = on_ready
+        self._hurries = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """In the main thread, in the middle of a step: takes no lock."""
+        self._hurries = self._drain.has_begun
+        self._drain.begin()
+        self.should_exit = self._hurries or sig == signal.SIGINT or self.should_exit
+
+    async def on_tick(self, counter: int) -> bool:
+        self.should_exit = self.should_exit or self._drain.is_over
+        return await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().call_later(SHUTDOWN_SECONDS, self._loop.stop)
+        ending = asyncio.create_task(self._end_running())
         await super().shutdown(sockets)
+        ending.cancel()
+
+    async def _end_running(self) -> None:
+        until = time.monotonic() + SHUTDOWN_SECONDS
+        while time.monotonic() < until and not (self._hurries or self._drain.is_late):
+            await asyncio.sleep(POLL_SECONDS)
+        self._loop.stop()

@@ -44,6 +44,9 @@ class Settings(BaseSettings):
     max_waiting: int = Field(default=1024, ge=1)
     max_batch: int = Field(default=64, ge=1, le=4096, description="rows that run at the same time")
     step_tokens: int = Field(default=512, ge=16, description="tokens that one step may take, prompts included")
+    drain_seconds: float = Field(
+        default=20.0, ge=0, le=3600, description="what running requests get to finish in after SIGTERM"
+    )
     kv_slots: int = Field(
         default=0, ge=0, description="tokens that the KV pool holds; 0 chooses by the memory there is"
     )

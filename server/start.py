@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 import transformers
+from fastapi import FastAPI
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from prefix_store import codec
@@ -19,6 +21,7 @@ from prefix_store.prefix import PrefixVersion
 from prefix_store.store import Store
 from prefix_store.tenants import DEFAULT_TENANT
 from server import running, welcome
+from server.api.drain import Drain
 from server.app import create_app
 from server.engine.engine import Engine, choose_slots
 from server.engine.loop import EngineLoop
@@ -36,19 +39,41 @@ LOOKED_AT = 50
 PROBE = {"role": "user", "content": "x"}
 
 
-def serve(chosen: Settings) -> None:
-    """Runs until a signal. Raises SystemExit with one line when it cannot start."""
+def serve(
+    chosen: Settings, listener: socket.socket, stop_loading: Callable[[], None], ready_fd: int | None = None
+) -> None:
+    """Runs until a signal. Raises SystemExit with one line when it cannot start.
+
+    `stop_loading` leaves the listener to us. `ready_fd` is a descriptor of whoever supervises: a line comes once
+    requests are taken.
+    """
     transformers.logging.disable_progress_bar()
     try:
-        _serve(chosen)
+        _serve(chosen, listener, stop_loading, ready_fd)
     except AntefixError as error:
         raise SystemExit(f"antefix: {error.message}") from None
 
 
-def _serve(chosen: Settings) -> None:
-    listener = listen(chosen.host, chosen.port)
+def _serve(chosen: Settings, listener: socket.socket, stop_loading: Callable[[], None], ready_fd: int | None) -> None:
     store = Store.open(chosen.store, chosen.blobs)
     open_mode = check_access(chosen, store)
+    drain = Drain(chosen.drain_seconds)
+    app, loop, text = _prepare(chosen, store, drain, listener.getsockname()[1], open_mode=open_mode)
+    stop_loading()
+
+    def ready() -> None:
+        _say(text)
+        if ready_fd is not None:
+            os.write(ready_fd, b"ready\n")
+            os.close(ready_fd)
+
+    running.run(app, listener, loop, drain, ready)
+
+
+def _prepare(
+    chosen: Settings, store: Store, drain: Drain, port: int, *, open_mode: bool
+) -> tuple[FastAPI, EngineLoop, str]:
+    """The slow part: the application, its engine, and what is said once it answers."""
     store.collect()
     frozen = _load_model(chosen)
     template = chat_template(chosen, frozen)
@@ -68,26 +93,14 @@ def _serve(chosen: Settings) -> None:
         max_upload_mb=chosen.max_upload_mb,
         counters_url=chosen.store,
         chat_template=template,
+        drain=drain,
     )
-    address = f"http://{_bracketed(chosen.host)}:{listener.getsockname()[1]}"
+    address = f"http://{_bracketed(chosen.host)}:{port}"
     prefixes = fitting(store, frozen)
     free_slots = engine.scheduler.slots.total - engine.scheduler.slots.used
     dtype = INT8 if engine.runner.int8 else str(frozen.dtype).removeprefix("torch.")
     text = welcome.text(address, frozen, prefixes, free_slots, dtype=dtype, open_mode=open_mode)
-    running.run(app, listener, loop, lambda: _say(text))
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Takes the port, before the slow part of a start. Raises SystemExit if it cannot be had."""
-    # by its protocol's number: asyncio sends small pieces at once, as a stream's tokens, on such sockets alone
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, proto=socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise SystemExit(f"antefix: cannot listen on {host}:{port}: {error.strerror or error}") from None
-    return listener
+    return app, loop, text
 
 
 def check_access(settings: Settings, store: Store) -> bool:

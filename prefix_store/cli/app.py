@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from prefix_store.cli import (
     audit,
     compare,
+    doctor,
     eval,
     generate,
     inspect,
@@ -71,5 +72,5 @@ def build() -> typer.Typer:
     app.add_typer(tenant.app, name="tenant")
     app.command()(audit.audit)
     app.add_typer(store.app, name="store")
-    app.command()(store.doctor)
+    app.command()(doctor.doctor)
     return app

@@ -1,15 +1,13 @@
-"""`antefix store` and `antefix doctor`: the store as a whole."""
+"""`antefix store`: the store as a whole."""
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
 from prefix_store.cli.amounts import counted
 from prefix_store.cli.opened import opened, store_at
-from prefix_store.cli.terminal import is_live, printable
 
 app = typer.Typer(help="The store as a whole: collect, migrate.", no_args_is_help=True)
 
@@ -38,26 +36,3 @@ def migrate(
     ):
         copied = copy(old, new, lambda line: typer.echo(line, err=True))
     typer.echo(f"copied {counted(copied, 'record')}; both are the same")
-
-
-def doctor() -> None:
-    """Check the store: database, files, names, counts. Changes nothing; exit status 1 if something is wrong."""
-    from prefix_store.checkup import examine
-
-    with opened() as store:
-        report = examine(store, _Progress())
-    for kind, found in (("warning", report.warnings), ("fault", report.faults)):
-        for line in found:
-            typer.echo(printable(f"{kind}: {line}"))
-    if report.faults:
-        raise typer.Exit(1)
-    typer.echo("OK")
-
-
-class _Progress:
-    """A line on stderr that counts the files: drawn over on a terminal, elsewhere once at the end."""
-
-    def __call__(self, done: int, total: int) -> None:
-        live = is_live(sys.stderr)
-        if live or done == total:
-            typer.echo(("\r" if live else "") + f"files: {done} of {total}", nl=not live or done == total, err=True)

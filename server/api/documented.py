@@ -85,7 +85,7 @@ HEALTH = Row(shapes.Health, {"status": "ok"})
 ROWS: dict[tuple[str, str], Row] = {
     ("GET", "/healthz"): HEALTH,
     ("GET", "/health"): HEALTH,
-    ("GET", "/readyz"): Row(shapes.Readiness, {"model": True, "store": True}),
+    ("GET", "/readyz"): Row(shapes.Readiness, {"status": "ready", "model": True, "store": True}, others=(400,)),
     ("GET", "/metrics"): Row("text/plain", "antefix_num_requests_running 0.0\n"),
     ("GET", "/openapi.json"): Row(shapes.Object, {"openapi": "3.1.0"}),
     ("GET", "/v1/model"): Row(

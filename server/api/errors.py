@@ -35,6 +35,7 @@ TABLE: dict[type[AntefixError], tuple[int, str]] = {
     errors.RateLimited: (429, RATE_LIMIT),
     errors.Overloaded: (429, RATE_LIMIT),
     errors.StoreUnavailable: (503, SERVER),
+    errors.Loading: (503, SERVER),
     errors.GenerationFailed: (500, SERVER),
     errors.ShuttingDown: (503, SERVER),
 }

@@ -96,8 +96,9 @@ def _describe(operation: dict[str, Any], route: tuple[str, str], row: Row, compo
     for status in _others(route, row):
         operation["responses"][str(status)] = _refusal(status, route[1])
     if route == ("GET", "/readyz"):
-        content = {JSON: {"schema": _shape(shapes.Readiness, components), "example": {"model": True, "store": False}}}
-        operation["responses"]["503"] = {"description": "Not all of it works", "content": content}
+        example = {"status": "stopping", "model": True, "store": True}
+        content = {JSON: {"schema": _shape(shapes.Readiness, components), "example": example}}
+        operation["responses"]["503"] = {"description": "No requests should be sent here", "content": content}
     for status, reply in operation["responses"].items():
         waits = WAIT if status in ("429", "503") else {}
         rated = RATES if row.streams and status in ("200", "429") else {}

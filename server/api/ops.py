@@ -6,8 +6,7 @@ from anyio import to_thread
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
-from prefix_store.errors import AntefixError
-from server.api.services import Services, Serving
+from server.api.services import Serving
 from server.metrics import CONTENT_TYPE
 
 router = APIRouter()
@@ -21,21 +20,23 @@ async def healthy() -> dict[str, str]:
 
 
 @router.get("/readyz")
-async def ready(services: Serving) -> Response:
-    """Whether requests can be served. No request arrives before the model is loaded, but its engine may have failed."""
-    state = {"model": services.loop.is_alive, "store": await to_thread.run_sync(_store_answers, services)}
-    return JSONResponse(state, 200 if all(state.values()) else 503)
+async def ready(services: Serving, store: bool = False) -> Response:
+    """Whether to send requests here. Without its store a server goes on with what it knows, which is more than none.
+
+    So it stays ready, for else its outage would take every replica away at once; with `store=1` that is 503 too.
+    """
+    model, answers = services.loop.is_alive, await services.reach.answers()
+    if services.drain.has_begun:
+        status = "stopping"
+    elif not model:
+        status = "failed"
+    else:
+        status = "ready" if answers else "degraded"
+    is_ready = status == "ready" or (status == "degraded" and not store)
+    return JSONResponse({"status": status, "model": model, "store": answers}, 200 if is_ready else 503)
 
 
 @router.get("/metrics")
 async def metrics(services: Serving) -> Response:
     """Prometheus's text format."""
     return Response(await to_thread.run_sync(services.metrics.render), headers={"content-type": CONTENT_TYPE})
-
-
-def _store_answers(services: Services) -> bool:
-    try:
-        services.store.ping()
-    except AntefixError:
-        return False
-    return True

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from prefix_store.model.frozen import FrozenModel
     from prefix_store.store import Store
     from server.api.auth import Gate
+    from server.api.drain import Drain
     from server.api.rates import Rates
+    from server.api.reach import Reach
     from server.api.recent import Recent
     from server.engine.grammars import Grammars
     from server.engine.loop import EngineLoop
@@ -40,6 +42,8 @@ class Services:
     gate: Gate
     rates: Rates
     recent: Recent
+    drain: Drain
+    reach: Reach
     require_prefix: bool
     methods: Sequence[str]
     clock: Callable[[], float]

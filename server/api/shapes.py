@@ -33,8 +33,9 @@ class Health(TypedDict):
 
 
 class Readiness(TypedDict):
-    """What of it works."""
+    """What of it works; `status` is ready, degraded (without its store), stopping, failed, or loading."""
 
+    status: str
     model: bool
     store: bool
 

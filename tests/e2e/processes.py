@@ -27,6 +27,12 @@ def free_port() -> int:
         return port
 
 
+def environment(**settings: str) -> dict[str, str]:
+    """This process's own, with these settings alone."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("ANTEFIX_")}
+    return own | {f"ANTEFIX_{name}": value for name, value in settings.items()} | {"PYTHONPATH": str(ROOT)}
+
+
 @dataclass
 class Running:
     """A process that answers at `client`; what it prints is in `log`."""
@@ -39,12 +45,10 @@ class Running:
     def start(cls, folder: Path, *command: str, **settings: str) -> Running:
         """Starts a Python command with these settings alone, and waits until it is ready."""
         settings = {"PORT": str(free_port()), "WORKER_METRICS_PORT": "0", **settings}
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("ANTEFIX_")}
-        environment |= {f"ANTEFIX_{name}": value for name, value in settings.items()} | {"PYTHONPATH": str(ROOT)}
         log = folder / f"{settings['PORT']}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, *command], cwd=folder, env=environment, stdout=output, stderr=output
+                [sys.executable, *command], cwd=folder, env=environment(**settings), stdout=output, stderr=output
             )
         client = httpx.Client(base_url=f"http://127.0.0.1:{settings['PORT']}", timeout=60)
         running = cls(process, client, log)

@@ -9,6 +9,7 @@ from types import ModuleType
 
 from tests.prove import (
     concurrent_store,
+    faults,
     inspect,
     kill_store,
     kill_worker,
@@ -38,6 +39,7 @@ PROOFS: dict[str, ModuleType] = {
             concurrent_store,
             kill_store,
             store_costs,
+            faults,
         ),
     )
 }

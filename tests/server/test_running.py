@@ -11,6 +11,7 @@ import torch
 from fastapi import FastAPI
 
 from server import running
+from server.api.drain import Drain
 from server.engine.engine import Engine
 from server.engine.loop import EngineLoop
 from server.scheduler.scheduler import Limits
@@ -40,7 +41,7 @@ def as_found() -> Iterator[None]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_both(loop: EngineLoop, listener: socket.socket, number: int) -> None:
-    running.run(FastAPI(), listener, loop, lambda: os.kill(os.getpid(), number))
+    running.run(FastAPI(), listener, loop, Drain(30), lambda: os.kill(os.getpid(), number))
     assert not loop.is_alive
     assert "http" not in [thread.name for thread in threading.enumerate()]
 
@@ -63,7 +64,7 @@ def test_only_the_engines_thread_computes_with_more_than_itself(
         return end_early()
 
     monkeypatch.setattr(loop, "_end_early", scheduled)
-    running.run(FastAPI(), listener, loop, ready)
+    running.run(FastAPI(), listener, loop, Drain(), ready)
     assert seen == {"engine": 3, "http": 1, "another": 1}
 
 
@@ -74,7 +75,7 @@ def test_an_app_that_does_not_start_ends_the_engine_too(loop: EngineLoop, listen
         yield
 
     with pytest.raises(SystemExit) as ended:
-        running.run(FastAPI(lifespan=fails), listener, loop, lambda: None)
+        running.run(FastAPI(lifespan=fails), listener, loop, Drain(), lambda: None)
     assert ended.value.code == 1
     assert not loop.is_alive
 
@@ -92,5 +93,5 @@ def test_an_engine_that_dies_leaves_http_to_say_so(loop: EngineLoop, listener: s
         return 1 // 0
 
     loop._engine.scheduler.schedule = die  # type: ignore[method-assign]
-    running.run(FastAPI(lifespan=notes), listener, loop, lambda: loop.abort("something to do"))
+    running.run(FastAPI(lifespan=notes), listener, loop, Drain(), lambda: loop.abort("something to do"))
     assert said == [False]

@@ -9,7 +9,7 @@ from prefix_store.model import frozen as models
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import PrefixRef
 from prefix_store.store import Store
-from server import start
+from server import loading, start
 from server.engine import int8_linear
 from server.settings import Settings
 from tests.models import save_tiny
@@ -17,11 +17,11 @@ from tests.server import artefacts
 
 
 def test_a_port_in_use_is_one_line() -> None:
-    with start.listen("127.0.0.1", 0) as taken:
+    with loading.listen("127.0.0.1", 0) as taken:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(SystemExit, match=f"cannot listen on 127.0.0.1:{port}: .*in use"):
-            start.listen("127.0.0.1", port)
+            loading.listen("127.0.0.1", port)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
@@ -35,7 +35,7 @@ def test_what_is_sent_goes_out_at_once(host: str) -> None:
             accepted.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
             writer.close()
 
-        with start.listen(host, 0) as listener:
+        with loading.listen(host, 0) as listener:
             async with await asyncio.start_server(connected, sock=listener) as server:
                 _, writer = await asyncio.open_connection(*server.sockets[0].getsockname()[:2])
                 found = await accepted

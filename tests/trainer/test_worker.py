@@ -791,6 +791,7 @@ def test_a_terminated_worker_hands_back_and_ends_at_once(store, tmp_path, model_
         assert time.monotonic() - started < 15.0  # 2 s, and room for a busy machine; 5000 steps take minutes
         assert running.returncode == 0
     assert (now(store, job).status, now(store, job).attempt) == (JobStatus.QUEUED, 0)
+    assert now(store, job).checkpoint is not None, "whoever takes it up goes on where it stood"
     assert "antefix_worker_steps_total" in text
     assert "trains tiny (" in output.splitlines()[0]
     assert output.splitlines()[-1] == "antefix worker: stopped"

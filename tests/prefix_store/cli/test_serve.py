@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from prefix_store.cli import serve
+from server import settings
+from server.collector import PATIENCE_SECONDS
+
 SERVER = "import time, pathlib; pathlib.Path('{name}.up').touch(); time.sleep(60)"
 GRACEFUL = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit({status})); " + SERVER
 
@@ -66,6 +70,106 @@ def test_what_runs_beside_the_first_goes_behind_it(tmp_path: Path) -> None:
     parent.send_signal(signal.SIGTERM)
     parent.communicate(timeout=10)
     assert second == min(first + 15, 19)
+
+
+# What a server does: says on the descriptor that it was given that it takes requests.
+READY = "import os, sys; os.write(int(sys.argv[sys.argv.index('--ready-fd') + 1]), b'ready')\n"
+NTH = "import pathlib; runs = pathlib.Path('runs'); runs.open('a').write('x'); nth = len(runs.read_text())\n"
+
+
+@pytest.mark.parametrize(
+    ("dies", "how"),
+    [
+        ("os.kill(os.getpid(), 9)", "signal SIGKILL"),
+        ("os.kill(os.getpid(), 11)", "signal SIGSEGV"),
+        ("sys.exit(7)", "exit status 7"),
+    ],
+)
+def test_a_server_that_dies_after_it_has_served_is_started_again(tmp_path: Path, dies: str, how: str) -> None:
+    parent = supervise(tmp_path, server=f"{NTH}{READY}if nth == 1: {dies}\n" + code("server"), two=code("two"))
+    wait_for(tmp_path, "server", "two")
+    parent.send_signal(signal.SIGTERM)
+    _, errors = parent.communicate(timeout=30)
+    assert (parent.returncode, errors) == (0, f"antefix: server ended ({how}); again in 1 s\n")
+    assert (tmp_path / "runs").read_text() == "xx"
+
+
+def test_once_it_has_served_a_start_that_fails_is_tried_again_and_later_each_time(tmp_path: Path) -> None:
+    failing = f"{NTH}if nth in (2, 3): import sys; sys.exit(1)\n{READY}if nth == 1: os.kill(os.getpid(), 9)\n"
+    parent = supervise(tmp_path, server=failing + code("server"))
+    wait_for(tmp_path, "server")
+    parent.send_signal(signal.SIGTERM)
+    _, errors = parent.communicate(timeout=30)
+    assert [line.rpartition("; ")[2] for line in errors.splitlines()] == [
+        "again in 1 s",
+        "again in 2 s",
+        "again in 4 s",
+    ]
+    assert (parent.returncode, (tmp_path / "runs").read_text()) == (0, "xxxx")
+
+
+@pytest.mark.parametrize("dies", ["sys.exit(1)", "sys.exit('antefix: no')", "os.kill(os.getpid(), 9)"])
+def test_a_server_that_cannot_start_ends_at_once_with_its_status(tmp_path: Path, dies: str) -> None:
+    parent = supervise(tmp_path, server=f"{NTH}import os, sys; {dies}")
+    parent.communicate(timeout=30)
+    assert parent.returncode == (137 if "kill" in dies else 1)
+    assert (tmp_path / "runs").read_text() == "x"
+
+
+def test_a_server_that_ends_in_good_order_ends_all(tmp_path: Path) -> None:
+    parent = supervise(tmp_path, server=f"{NTH}{READY}", two=code("two"))
+    parent.communicate(timeout=30)
+    assert (parent.returncode, (tmp_path / "runs").read_text()) == (0, "x")
+
+
+def test_what_has_run_for_long_is_started_again_as_quickly_as_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = subprocess.Popen(["false"])
+    gone.wait()
+    now = time.monotonic()
+    restart = serve.Restart(delay=32.0, due=None)
+    restart.after(serve.Child("one", gone, None, now - 5), is_first=True)
+    assert restart.delay == serve.RESTART_SECONDS_MOST
+    restart = serve.Restart(delay=32.0, due=None)
+    restart.after(serve.Child("one", gone, None, now - serve.STEADY_SECONDS - 5), is_first=True)
+    assert restart.delay == 2 * serve.RESTART_SECONDS
+
+
+HEARS = """
+import os, signal, sys, time, pathlib
+def hear(number, _):
+    pathlib.Path('heard').open('a').write(signal.Signals(number).name + ' ')
+    if number == signal.SIGINT: sys.exit(0)
+for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, hear)
+"""
+
+
+@pytest.mark.parametrize(
+    ("sent", "heard"),
+    [
+        ([signal.SIGINT], "SIGINT"),
+        ([signal.SIGHUP], "SIGINT"),
+        ([signal.SIGTERM, signal.SIGTERM], "SIGTERM SIGINT"),
+        ([signal.SIGTERM, signal.SIGINT], "SIGTERM SIGINT"),
+    ],
+)
+def test_a_server_hears_whether_there_is_time(tmp_path: Path, sent: list[signal.Signals], heard: str) -> None:
+    parent = supervise(tmp_path, server=HEARS + READY + SERVER.format(name="server"))
+    wait_for(tmp_path, "server")
+    for number in sent:
+        parent.send_signal(number)
+        time.sleep(0.5)
+    parent.communicate(timeout=30)
+    assert (parent.returncode, (tmp_path / "heard").read_text().split()) == (0, heard.split())
+
+
+def test_what_drains_is_given_longer_than_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings.Settings.model_fields["drain_seconds"].default == serve.DRAIN_SECONDS
+    monkeypatch.delenv("ANTEFIX_DRAIN_SECONDS", raising=False)
+    assert serve._drain_seconds() == serve.DRAIN_SECONDS
+    for text, seconds in (("45", 45.0), ("0", 0.0), ("", serve.DRAIN_SECONDS), ("soon", serve.DRAIN_SECONDS)):
+        monkeypatch.setenv("ANTEFIX_DRAIN_SECONDS", text)
+        assert serve._drain_seconds() == seconds
+    assert serve.STOP_SECONDS > 2 + PATIENCE_SECONDS, "to shut down after the drain"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")

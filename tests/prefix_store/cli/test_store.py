@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from prefix_store import layout
 from prefix_store.prefix import PrefixRef
 from prefix_store.store import Store
-from tests import redis_server
 from tests.prefix_store.cli.conftest import HOSTILE, SPELT, Antefix
 from tests.prefix_store.samples import Clock, manifest, tensors
 
@@ -85,48 +83,3 @@ def test_a_store_moves_and_is_the_same(antefix: Antefix, tmp_path: Path, store: 
     missing = antefix("store", "migrate", f"sqlite:///{tmp_path}/typo.db", target)
     assert "there is no store at" in missing.stderr
     assert not (tmp_path / "typo.db").exists()
-
-
-def test_doctor_is_content_with_what_is_whole(antefix: Antefix, store: Store) -> None:
-    save(store)
-    store.jobs.submit("acme", "support", [{"prompt": "a", "completion": "b"}], {})
-    result = antefix("doctor")
-    assert (result.exit_code, result.stdout, result.stderr) == (0, "OK\n", "files: 2 of 2\n")
-
-
-def test_doctor_names_what_is_damaged_lost_or_miscounted(antefix: Antefix, tmp_path: Path, store: Store) -> None:
-    damaged, lost = save(store), save(store, "lost", seed=1)
-    save(store, "whole", seed=2)
-    files = {digest: tmp_path / "blobs" / "sha256" / digest[:2] / digest for digest in (damaged, lost)}
-    files[damaged].write_bytes(b"something else")
-    files[lost].unlink()
-    usage = {"prefixes": 3, "versions": 3, "bytes": 1, "last_job": 0, "jobs": {}}
-    store.backend.write(lambda transaction: transaction.put(layout.usage("acme"), usage))
-    store.backend.write(lambda transaction: transaction.put(layout.name("acme", "odd"), {"last": 9, "current": 9}))
-    result = antefix("doctor")
-    faults = result.stdout.splitlines()
-    assert result.exit_code == 1
-    assert [line.split(":")[0] for line in faults] == ["fault"] * 5
-    expected = ["lost@1: blob", "support@1: blob", "acme/odd: the current", "prefixes: counted 3, found 4"]
-    for fault, said in zip(faults, [*expected, "bytes: counted 1"], strict=True):
-        assert said in fault
-
-
-def test_doctor_warns_of_a_redis_that_may_forget(
-    antefix: Antefix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if redis_server.program("redis") is None:
-        pytest.skip("no redis-server for this machine")
-    with redis_server.running("redis", tmp_path) as server:
-        monkeypatch.setenv("ANTEFIX_STORE", server.url)
-        opened = Store.open(server.url)
-        save(opened)
-        assert antefix("doctor").stdout == "OK\n"
-        opened.backend._client.config_set("appendonly", "no")
-        opened.backend._client.config_set("maxmemory-policy", "allkeys-lru")
-        opened.close()
-        result = antefix("doctor")
-    warnings = result.stdout.splitlines()
-    assert (result.exit_code, warnings.pop()) == (0, "OK")
-    assert "warning: appendonly is 'no' and should be 'yes'" in warnings[0]
-    assert "warning: maxmemory-policy is 'allkeys-lru' and should be 'noeviction'" in warnings[1]

@@ -77,7 +77,7 @@ def test_erasing_asks_and_then_says_what_is_gone(antefix: Antefix, url: str, tmp
     assert not any(b"acme" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("command", [["tenant", "ls"], ["key", "ls"], ["audit"], ["doctor"], ["store", "collect"]])
+@pytest.mark.parametrize("command", [["tenant", "ls"], ["key", "ls"], ["audit"], ["store", "collect"]])
 def test_where_there_is_no_store_none_is_made(antefix: Antefix, url: str, tmp_path: Path, command: list[str]) -> None:
     result = antefix(*command)
     assert (result.exit_code, result.stdout, list(tmp_path.iterdir())) == (1, "", [])

@@ -108,14 +108,16 @@ def test_what_is_resident_answers_and_writes_fail_clearly_until_the_store_is_bac
     ]:
         assert away(acme.status(method, path))
     assert away(acme.status("POST", "/v1/prefixes/x/train", json={"examples": [{"prompt": "a", "completion": "b"}]}))
-    assert client.get("/readyz").json() == {"model": True, "store": False}
+    reply = client.get("/readyz")
+    assert (reply.status_code, reply.json()) == (200, {"status": "degraded", "model": True, "store": False})
+    assert client.get("/readyz", params={"store": "1"}).status_code == 503
     scraped = client.get("/metrics", headers=acme.headers).text
     assert 'antefix_answers_from_memory_total{what="prefix"}' in scraped
 
     server.start()
     assert acme.upload("support", files[1]) == (201, None)
     assert acme.generate("support") == (200, 2)
-    assert client.get("/readyz").json() == {"model": True, "store": True}
+    assert client.get("/readyz", params={"store": "1"}).json() == {"status": "ready", "model": True, "store": True}
     time.sleep(recent.PAUSE_SECONDS)
     assert acme.generate("gone") == (404, "prefix_not_found")
     assert acme.generate("cold") == (200, 1)

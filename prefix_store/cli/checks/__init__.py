@@ -1,0 +1,1 @@
+"""What `antefix doctor` looks at, a module for each place where trouble comes from."""

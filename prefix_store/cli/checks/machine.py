@@ -1,0 +1,173 @@
+"""This machine: packages, disks, processors, and the ports that are asked for."""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import httpx
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from prefix_store.cli.amounts import size
+from prefix_store.cli.checks.finding import Finding, ok, problem, warning
+
+PACKAGE = "antefix"
+LITTLE_BYTES, FEW_BYTES = 100 << 20, 1 << 30
+KERNEL = "import torch; from server.engine.attention import native; print(native.is_available(torch.float32))"
+KERNEL_SECONDS = 180.0
+COMPILERS = ("cc", "gcc", "clang")
+ANSWER_SECONDS = 3.0
+
+
+def versions() -> Iterator[Finding]:
+    """Python and every package against the ranges that this one was made for."""
+    try:
+        metadata = importlib.metadata.metadata(PACKAGE)
+        wanted = [Requirement(line) for line in importlib.metadata.requires(PACKAGE) or ()]
+    except importlib.metadata.PackageNotFoundError:
+        yield warning("versions", "antefix is not installed, so nothing says what it needs: pip install -e .")
+        return
+    needed = [each for each in wanted if each.marker is None or each.marker.evaluate({"extra": ""})]
+    python = SpecifierSet(metadata["Requires-Python"] or "")
+    wrong = [] if python.contains(platform.python_version()) else [f"Python {platform.python_version()}, not {python}"]
+    for each in needed:
+        try:
+            there = importlib.metadata.version(each.name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(f"{each.name} is missing")
+            continue
+        if not each.specifier.contains(there, prereleases=True):
+            wrong.append(f"{each.name} is {there}, not {each.specifier}")
+    yield from (problem("versions", f"{line}: install the lock again (make, or pip install -e .)") for line in wrong)
+    if not wrong:
+        own = importlib.metadata.version(PACKAGE)
+        yield ok("versions", f"antefix {own}, and {len(needed)} packages within its ranges")
+
+
+def disks(folders: list[Path]) -> Iterator[Finding]:
+    """Room where the store, its blobs and temporary files lie, and whether these can be written."""
+    try:
+        with tempfile.NamedTemporaryFile() as file:
+            places = [*folders, Path(file.name).parent]
+    except OSError as error:
+        yield problem(
+            "disk", f"no temporary file can be written ({error.strerror}): set TMPDIR to a folder of your own"
+        )
+        places = folders
+    seen = set()
+    for place in places:
+        there = next(parent for parent in (place, *place.parents) if parent.exists())
+        if (device := there.stat().st_dev) in seen:
+            continue
+        seen.add(device)
+        free = shutil.disk_usage(there).free
+        if free < LITTLE_BYTES:
+            yield problem("disk", f"{there} has {size(free)} left, and uploads and checkpoints fail: make room")
+        elif free < FEW_BYTES:
+            yield warning("disk", f"{there} has {size(free)} left: make room before uploads and checkpoints fail")
+        else:
+            yield ok("disk", f"{there} has {size(free)} left")
+
+
+def device(wanted: str) -> Iterator[Finding]:
+    """What it computes with; `wanted` as ANTEFIX_DEVICE has it."""
+    import torch
+
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        yield ok(
+            "device", f"{torch.cuda.get_device_name()}, {size(free)} of {size(total)} free, CUDA {torch.version.cuda}"
+        )
+    elif wanted.startswith("cuda"):
+        yield problem("device", f"ANTEFIX_DEVICE={wanted}, and torch {torch.__version__} sees no GPU: {_no_gpu()}")
+    elif shutil.which("nvidia-smi") is not None:
+        yield warning(
+            "device", f"this machine seems to have a GPU, and torch {torch.__version__} sees none: {_no_gpu()}"
+        )
+    if not wanted.startswith("cuda"):
+        yield ok(
+            "device", f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+        )
+        yield _kernel()
+
+
+def ports(environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Whether the server and the worker's metrics could listen, or do."""
+    host = environment.get("ANTEFIX_HOST") or "127.0.0.1"
+    asked = (
+        ("ANTEFIX_PORT", host, "8000", problem),
+        ("ANTEFIX_WORKER_METRICS_PORT", "127.0.0.1", "8001", warning),
+    )
+    for name, address, default, bad in asked:
+        text = environment.get(name) or default
+        if not text.isascii() or not text.isdigit() or int(text) > 65535:
+            yield problem("ports", f"{name}={text[:20]!r} is no port: set it to a number up to 65535")
+        elif int(text) == 0 or _is_free(address, int(text)):
+            yield ok("ports", f"{address}:{text} is free")
+        elif _is_antefix(address, int(text)):
+            yield ok("ports", f"antefix answers at {address}:{text}")
+        else:
+            yield bad("ports", f"{address}:{text} cannot be had, another program may have it: set {name} to another")
+
+
+def _no_gpu() -> str:
+    import torch
+
+    if torch.version.cuda is None:
+        return "it is the CPU build; install the CUDA build of torch"
+    return f"see whether nvidia-smi works, and whether its driver is new enough for CUDA {torch.version.cuda}"
+
+
+def _kernel() -> Finding:
+    """Asks the server's own code, in a process of its own."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", KERNEL], capture_output=True, text=True, timeout=KERNEL_SECONDS, check=True
+        )
+    except subprocess.SubprocessError as error:
+        return problem(
+            "device", f"the server's code does not start: {type(error).__name__}; try python -m server --help"
+        )
+    if done.stdout.strip() == "True":
+        return ok("device", "the native attention kernel is compiled, and computes what torch does")
+    if not any(map(shutil.which, COMPILERS)):
+        return warning(
+            "device", f"attention is slower without the native kernel: install one of {', '.join(COMPILERS)}"
+        )
+    return warning(
+        "device",
+        "attention is slower, as the native kernel does not compile or does not compute what torch does: see whether "
+        "the compiler knows -fopenmp and -march=native, and whether ~/.cache/antefix can be written",
+    )
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen()
+        except OSError as error:
+            return error.errno not in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL)
+    return True
+
+
+def _is_antefix(host: str, port: int) -> bool:
+    """Whether what listens there has our metrics or our health route."""
+    name = f"[{host}]" if ":" in host else {"0.0.0.0": "127.0.0.1"}.get(host, host)
+    try:
+        if httpx.get(f"http://{name}:{port}/healthz", timeout=ANSWER_SECONDS).text == '{"status":"ok"}':
+            return True
+        return "antefix_worker_" in httpx.get(f"http://{name}:{port}/metrics", timeout=ANSWER_SECONDS).text
+    except httpx.HTTPError:
+        return False
