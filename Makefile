@@ -35,7 +35,7 @@ lint: .venv/.installed ## format, ruff, mypy, the import rules and README's figu
 bench: .venv/.installed ## measurements beside what a user would pick instead (SECTION=…)
 	$(BIN)/python -m tests.bench $(SECTION)
 
-prove: .venv/.installed ## a long proof: NAME=model, prefixes, tables, inspect, soak, users, paper, summarise, kill-worker, kill-store, concurrent-store, store-costs, faults
+prove: .venv/.installed ## a long proof: NAME=model, prefixes, tables, inspect, soak, users, paper, summarise, kill-worker, kill-store, concurrent-store, store-costs, faults, monitoring
 	$(BIN)/python -m tests.prove $(NAME)
 
 up: ## server and trainer by docker compose, with an API key in .antefix/compose.key

@@ -18,10 +18,14 @@ _Candidate = tuple[int, float, str]
 
 
 class JobQueue:
-    """Hands jobs to workers. A write under an older fence than the store's is refused with LeaseLost."""
+    """Hands jobs to workers. A write under an older fence than the store's is refused with LeaseLost.
+
+    `lapsed` counts the leases that this process's claims found to have run out, and took over or ended.
+    """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
+        self.lapsed = 0
 
     def claim(self, worker: str, lease_seconds: float) -> TrainingJob | None:
         """Takes the next job: queued, or running with a lapsed lease; least busy tenant first, then age.
@@ -30,27 +34,37 @@ class JobQueue:
         requested, or failed with code `worker_lost` if so many of its attempts ended so without getting it further.
         """
 
-        def work(transaction: Transaction) -> TrainingJob | None:
-            candidates = _candidates(transaction)
+        def work(transaction: Transaction) -> tuple[TrainingJob | None, int]:
+            candidates, ended = _candidates(transaction)
             if not candidates:
-                return None
+                return None, ended
             record = job_records.find(transaction, min(candidates)[2])
             assert record is not None
             job, now = record.job, transaction.now
-            return job_records.change(
+            has_lapsed = job.status is JobStatus.RUNNING
+            claimed = job_records.change(
                 transaction,
                 record,
                 status=JobStatus.RUNNING,
                 attempt=job.attempt + 1,
                 fence=job.fence + 1,
-                lapses=job.lapses + (job.status is JobStatus.RUNNING),
+                lapses=job.lapses + has_lapsed,
                 worker=worker,
                 lease_until=now + lease_seconds,
                 heartbeat_at=now,
                 started_at=job.started_at if job.started_at is not None else now,
-            ).job
+            )
+            return claimed.job, ended + has_lapsed
 
-        return self._backend.write(work)
+        found, lapsed = self._backend.write(work)
+        self.lapsed += lapsed
+        return found
+
+    def overdue(self) -> int:
+        """How many jobs run whose lease has run out, and that no other worker has claimed yet."""
+        with self._backend.view() as view:
+            now = view.now
+            return sum(entry["until"] <= now for _, entry in view.scan("running/"))
 
     def waiting(self) -> set[str]:
         """The tenants that have a job waiting."""
@@ -155,9 +169,12 @@ def _wanted(job: TrainingJob) -> JobStatus | None:
     return JobStatus.PAUSED if job.pause_requested else None
 
 
-def _candidates(transaction: Transaction) -> list[_Candidate]:
-    """One of each tenant that has a job waiting, and all whose lease has lapsed; ends those that are past hope."""
-    now = transaction.now
+def _candidates(transaction: Transaction) -> tuple[list[_Candidate], int]:
+    """One of each tenant that has a job waiting, and all whose lease has lapsed; ends those that are past hope.
+
+    With them comes how many were ended.
+    """
+    now, ended = transaction.now, 0
     running = transaction.scan("running/")
     busy = Counter(key.partition("/")[0] for key, entry in running if entry["until"] > now)
     candidates = [(busy[key.partition("/")[0]], entry["at"], entry["job"]) for key, entry in _oldest(transaction)]
@@ -167,7 +184,9 @@ def _candidates(transaction: Transaction) -> list[_Candidate]:
             assert record is not None
             if _is_hopeful(transaction, record):
                 candidates.append((busy[record.job.tenant], entry["at"], entry["job"]))
-    return candidates
+            else:
+                ended += 1
+    return candidates, ended
 
 
 def _oldest(view: View) -> Iterator[tuple[str, Any]]:

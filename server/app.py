@@ -44,6 +44,7 @@ from server.engine.grammars import Grammars
 from server.engine.loop import EngineLoop
 from server.engine.prefix_loader import PrefixLoader
 from server.metrics import Metrics
+from server.scheduler.messages import FinishReason
 
 
 def create_app(
@@ -92,7 +93,9 @@ def create_app(
     )
     drain = drain or Drain()
     grammars = Grammars(frozen)
-    metrics = Metrics(loop.stats, store.jobs.job_counts)
+    metrics = Metrics(loop.stats, loader.stats, store.jobs.job_counts, store.jobs.overdue, clock)
+    for reason in FinishReason:  # a counter that begins at nothing is one whose first step is seen
+        metrics.finished.labels(reason)
     recent = Recent(lambda what: metrics.from_memory.labels(what).inc())
     gate = Gate(store.keys, recent, is_loopback=is_loopback)
     rates = Rates(

@@ -12,14 +12,16 @@ import threading
 
 import torch
 import transformers
-from prometheus_client import CollectorRegistry, Counter, start_http_server
+from prometheus_client import CollectorRegistry, start_http_server
 
 from prefix_store.errors import AntefixError
 from prefix_store.model import frozen
 from prefix_store.store import Store
 from trainer import settings
 from trainer.methods import METHODS, files
-from trainer.worker import Worker, say
+from trainer.metrics import Metrics
+from trainer.progress import say
+from trainer.worker import Worker
 
 SETTINGS = "Settings are environment variables, ANTEFIX_…; docs/api.md lists them."
 METRICS_HOST = "127.0.0.1"
@@ -50,8 +52,7 @@ def make_worker(chosen: settings.Settings, registry: CollectorRegistry) -> Worke
     Raises SystemExit for a method's file that cannot be used, StoreUnavailable, ModelUnsupported.
     """
     methods = {**METHODS, **files.load(chosen.methods)}
-    jobs = Counter("antefix_worker_jobs", "Jobs by how they ended", ["status"], registry=registry)
-    steps = Counter("antefix_worker_steps", "Training steps taken", registry=registry)
+    metrics = Metrics(registry)
     store = Store.open(chosen.store, chosen.blobs)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if chosen.device == "auto" else chosen.device
     transformers.logging.disable_progress_bar()
@@ -63,9 +64,11 @@ def make_worker(chosen: settings.Settings, registry: CollectorRegistry) -> Worke
         f"{socket.gethostname()}-{os.getpid()}",
         methods=methods,
         memory_bytes=chosen.train_memory_mb << 20 or None,
-        on_step=steps.inc,
-        on_end=lambda status: jobs.labels(status).inc(),
+        on_step=metrics.stepped,
+        on_pack=metrics.packed,
+        on_end=metrics.ended,
     )
+    metrics.watch(worker, lambda: store.jobs.lapsed)
     what = f"{model.name} ({model.digest[:12]}) by {', '.join(methods)}"
     say(f"{worker.name} trains {what} in float32 on {device}, jobs from {place}")
     return worker

@@ -61,3 +61,8 @@ def summary(result: Fit) -> str:
         f"keeping step {result.step}: validation loss {result.start_loss:.3f} before, "
         f"{result.valid_loss:.3f} after{bare}"
     )
+
+
+def say(line: str) -> None:
+    """One line for the operator."""
+    print(f"antefix worker: {line}", flush=True)

@@ -19,6 +19,7 @@ from trainer.job_run import JobRun, begin
 from trainer.lease import Cancelled, Lease, Leases, Paused
 from trainer.methods import METHODS
 from trainer.methods.base import NewMethod
+from trainer.progress import say
 from trainer.slices import Sliced
 from trainer.step import score, step
 
@@ -31,16 +32,11 @@ ASK_SECONDS = 0.5  # how often a busy worker looks for more jobs
 SHARE, SLICE_SECONDS = 0.5, 0.5
 
 
-def say(line: str) -> None:
-    """One line for the operator."""
-    print(f"antefix worker: {line}", flush=True)
-
-
 class Worker:
     """Trains prefixes of one frozen model, as many jobs in one step as `memory_bytes` hold, by default what is free.
 
     Nothing that a job does ends the worker, or another job. `say` gets lines for people, `on_step` hears of every step
-    taken, `on_end` how each job ended: a status or `lost`.
+    taken, `on_pack` of the tokens and seconds of all that shared it, `on_end` how each job ended: a status or `lost`.
     """
 
     def __init__(
@@ -56,6 +52,7 @@ class Worker:
         checkpoint_seconds: float = 15.0,
         say: Callable[[str], None] = say,
         on_step: Callable[[], None] = lambda: None,
+        on_pack: Callable[[int, float], None] = lambda tokens, seconds: None,
         on_end: Callable[[str], None] = lambda status: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -65,16 +62,14 @@ class Worker:
         self._methods = methods
         self._budget = memory.free(frozen.device) if memory_bytes is None else memory_bytes
         self._lease_seconds, self._checkpoint_seconds = lease_seconds, checkpoint_seconds
-        self._say, self._on_step, self._on_end, self._clock = say, on_step, on_end, clock
+        self._say, self._on_step, self._on_pack, self._on_end, self._clock = say, on_step, on_pack, on_end, clock
         self._stopping = threading.Event()
         self._leases = Leases(store, lease_seconds, heartbeat_seconds)
         self._runs: list[JobRun] = []
-        self._ended = 0
-        self._ask_at = 0.0
+        self._ended, self._ask_at, self._took = 0, 0.0, 0.0  # `took`: seconds of the last step
         self._wanted = 0  # bytes that the job which found no room needs
         self._room = self._budget  # less than that once a step of several has run out of memory
         self._coming: tuple[Lease, Sliced[JobRun]] | None = None  # claimed, and not ready to train
-        self._took = 0.0  # seconds of the last step
 
     def run(self, poll_seconds: float = 0.5) -> None:
         """Works until stopped; a store that cannot be reached is asked again. Once only."""
@@ -105,6 +100,11 @@ class Worker:
         """Puts every job back into the queue as it was last saved, from any thread: for a step that takes too long."""
         self._leases.hand_back()
 
+    @property
+    def load(self) -> tuple[int, int, int]:
+        """How many jobs train now, the bytes that a step of them takes, and how many it may take."""
+        return len(self._runs), self._used, self._room
+
     def _turn(self) -> bool:
         """A step of every run that trains and a slice for every one that validates; False if there was nothing to do.
 
@@ -119,10 +119,12 @@ class Worker:
         scoring = [run for run in active if run.validation is not None]
         begun = self._clock()
         if training:
-            tunings = [run.tuning for run in training]
-            for run, loss in zip(training, step(self._frozen, tunings, self._apart), strict=True):
+            losses = step(self._frozen, [run.tuning for run in training], self._apart)
+            for run, loss in zip(training, losses, strict=True):
                 self._on_step()
                 self._take(run, loss, run.stepped)
+            tokens = sum(run.tuning.batch_tokens for run in training if run in self._runs)
+            self._on_pack(tokens, self._clock() - begun)
         if scoring:
             passes = [run.validation for run in scoring if run.validation is not None]
             for run, nats in zip(scoring, score(self._frozen, passes, self._apart), strict=True):

@@ -24,6 +24,7 @@ from server.api.prompts import Prompt
 from server.api.references import ServedPrefix
 from server.api.schemas import ALL, SamplingFields
 from server.api.services import Services
+from server.metrics import GENERATION, PROMPT
 from server.scheduler.messages import FinishReason, GenerationRequest
 from server.scheduler.sampling_params import SamplingParams
 
@@ -174,7 +175,9 @@ async def begin(
     except BaseException:
         services.rates.end(caller.tenant, call.rows)
         raise
-    return Generation(name, caller.tenant, prefix, whole, fields.n, call, services, begun)
+    generation = Generation(name, caller.tenant, prefix, whole, fields.n, call, services, begun)
+    services.metrics.tenants.count(caller.tenant, PROMPT, generation.prompt_tokens)
+    return generation
 
 
 async def finish(generation: Generation, request: Request) -> None:
@@ -204,10 +207,16 @@ def _record(generation: Generation) -> None:
     reasons = Counter(str(choice.finish_reason or FinishReason.ABORT) for choice in call.choices)
     for reason, count in reasons.items():
         metrics.finished.labels(reason).inc(count)
+    metrics.tenants.count(generation.tenant, GENERATION, call.tokens)
+    metrics.prompt_length.observe(generation.prompt_tokens)
+    metrics.answer_length.observe(call.tokens)
     if call.first_token_at is not None:
         metrics.first_token.observe(call.first_token_at - generation.begun)
     if call.ended_at is not None:
         metrics.latency.observe(call.ended_at - generation.begun)
+    longest = max(choice.tokens for choice in call.choices)
+    if call.first_token_at is not None and call.ended_at is not None and longest > 1:
+        metrics.pace.observe((call.ended_at - call.first_token_at) / (longest - 1))
     structlog.contextvars.bind_contextvars(
         call=generation.id,
         prefix=generation.prefix and str(generation.prefix.version.ref),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from prefix_store.model.frozen import FrozenModel
+from server.distribution import SHORT_SECONDS, Distribution
 from server.engine import self_test
 from server.engine.attention import native
 from server.engine.batch import build
@@ -44,6 +45,7 @@ class Engine:
         kind = EncoderDecoderRunner if frozen.is_encoder_decoder else ModelRunner
         self.runner = kind(frozen, self.pool, backend or default_backend(frozen), int8=int8)
         self_test.check(self.runner, truths)
+        self.loads = Distribution(SHORT_SECONDS)  # bringing a prefix from host memory
 
     def step(self) -> list[TokenEvent]:
         """One whole step; no events when there was nothing to run."""
@@ -54,14 +56,22 @@ class Engine:
     def run(self, plan: StepPlan) -> list[RowResult]:
         """Carries out a plan on the device; one result for each of its rows."""
         for transfer in plan.transfers:
-            if isinstance(transfer, Load) and transfer.payload.is_embeds:
-                self.runner.prefill(transfer.payload.tensor, transfer.extent)
+            if isinstance(transfer, Load):
+                self._load(transfer)
             else:
                 self.pool.apply(transfer)
         if not plan.rows:
             return []
         batch = build(plan, self.runner.windows, self.frozen.device, relative=self.frozen.is_relative)
         return sample(self.runner.run(batch), batch.selections)
+
+    def _load(self, load: Load) -> None:
+        begun = time.perf_counter()
+        if load.payload.is_embeds:
+            self.runner.prefill(load.payload.tensor, load.extent)
+        else:
+            self.pool.apply(load)
+        self.loads.add(time.perf_counter() - begun)
 
 
 def default_backend(frozen: FrozenModel) -> str:

@@ -5,29 +5,41 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prefix_store.errors import GenerationFailed, ShuttingDown
+from server.distribution import Reading
 from server.engine.engine import Engine
+from server.engine.kv_pool import bytes_per_slot
+from server.engine.step_meter import StepMeter
 from server.scheduler.messages import FinishReason, GenerationRequest, PrefixPayload, TokenEvent
 from server.scheduler.plan import StepPlan
 
 EventSink = Callable[[TokenEvent], None]
+NONE = Reading((), (0,), 0.0)
 FAILED = "the engine failed; the server must be restarted"
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot for metrics. Counters only grow; `distinct_prefixes` is of the last step."""
+    """A snapshot for metrics. Counters only grow; `distinct_prefixes` is of the last step.
 
+    `kv_usage`: the share of the KV slots that is taken and cannot be freed by evicting idle prefixes.
+    """
+
+    alive: bool
     running: int
     waiting: int
     kv_slots: int
     kv_slots_used: int
+    kv_usage: float
     prefixes_resident: int
+    prefix_bytes: int
     prefixes_preloaded: int
     distinct_prefixes: int
     steps: int
@@ -37,6 +49,17 @@ class EngineStats:
     prefix_misses: int
     prefix_evictions: int
     preemptions: int
+    running_of: Mapping[str, int] = field(default_factory=dict)
+    waiting_of: Mapping[str, int] = field(default_factory=dict)
+    step_rows: Reading = NONE
+    step_prefixes: Reading = NONE
+    step_tokens: Reading = NONE
+    step_seconds: Reading = NONE
+    gaps: Reading = NONE
+    queue: Reading = NONE
+    prefill: Reading = NONE
+    decode: Reading = NONE
+    loads: Reading = NONE
 
 
 class EngineLoop:
@@ -53,7 +76,8 @@ class EngineLoop:
         self._aborted: list[str] = []
         self._preloading: list[Future[None]] = []
         self._stopping = False
-        self._steps = self._prompt_tokens = self._generated_tokens = self._distinct_prefixes = 0
+        self._meter = StepMeter()
+        self._slot_bytes = bytes_per_slot(engine.frozen.geometry, engine.frozen.dtype)
         self._is_running = False
         self._ended = threading.Event()
 
@@ -120,22 +144,38 @@ class EngineLoop:
     def stats(self) -> EngineStats:
         """A consistent snapshot."""
         with self._changed:
-            scheduler, residency = self._scheduler, self._scheduler.residency
+            scheduler, residency, meter = self._scheduler, self._scheduler.residency, self._meter
+            residents, slots = residency.residents(), scheduler.slots
+            idle = sum(resident.extent.size for resident in residents if residency.is_idle(resident))
             return EngineStats(
+                alive=self.is_alive,
                 running=len(scheduler.running),
                 waiting=len(scheduler.waiting),
-                kv_slots=scheduler.slots.total,
-                kv_slots_used=scheduler.slots.used,
-                prefixes_resident=len(residency),
+                kv_slots=slots.total,
+                kv_slots_used=slots.used,
+                kv_usage=(slots.used - idle) / slots.total,
+                prefixes_resident=len(residents),
+                prefix_bytes=self._slot_bytes * sum(resident.extent.size for resident in residents),
                 prefixes_preloaded=len(scheduler.space.preloads),
-                distinct_prefixes=self._distinct_prefixes,
-                steps=self._steps,
-                prompt_tokens=self._prompt_tokens,
-                generated_tokens=self._generated_tokens,
+                distinct_prefixes=meter.distinct_prefixes,
+                steps=meter.steps,
+                prompt_tokens=meter.prompt_tokens,
+                generated_tokens=meter.generated_tokens,
                 prefix_hits=residency.hits,
                 prefix_misses=residency.misses,
                 prefix_evictions=residency.evictions,
                 preemptions=scheduler.preemptions,
+                running_of=Counter(sequence.request.tenant for sequence in scheduler.running),
+                waiting_of={line.tenant: len(line) for line in scheduler.waiting.lines},
+                step_rows=meter.rows.read(),
+                step_prefixes=meter.prefixes.read(),
+                step_tokens=meter.tokens.read(),
+                step_seconds=meter.seconds.read(),
+                gaps=meter.gaps.read(),
+                queue=scheduler.phases.queue.read(),
+                prefill=scheduler.phases.prefill.read(),
+                decode=scheduler.phases.decode.read(),
+                loads=self._engine.loads.read(),
             )
 
     def stop(self) -> None:
@@ -162,9 +202,10 @@ class EngineLoop:
             if self._stopping:
                 return False
             events = self._end_early()
+            begun = time.perf_counter()
             plan = self._scheduler.schedule()
             preloading, self._preloading = self._preloading, []
-        self._deliver(events + self._step(plan, preloading))
+        self._deliver(events + self._step(plan, preloading, begun))
         return True
 
     def _has_work(self) -> bool:
@@ -177,7 +218,7 @@ class EngineLoop:
         self._aborted.clear()
         return [event for event in aborted if event is not None] + self._scheduler.expire()
 
-    def _step(self, plan: StepPlan, preloading: list[Future[None]]) -> list[TokenEvent]:
+    def _step(self, plan: StepPlan, preloading: list[Future[None]], begun: float) -> list[TokenEvent]:
         try:
             results = self._engine.run(plan)
         except Exception as error:
@@ -189,15 +230,8 @@ class EngineLoop:
                 return self._scheduler.fail_running(failed)
         _settle(preloading)
         with self._changed:
-            self._count(plan)
+            self._meter.count(plan, begun, time.perf_counter())
             return self._scheduler.commit(plan, results)
-
-    def _count(self, plan: StepPlan) -> None:
-        self._steps += 1
-        self._generated_tokens += sum(row.samples and not row.sequence.is_mute for row in plan.rows)
-        self._prompt_tokens += sum(row.cost for row in plan.rows if row.start < row.sequence.prompt_length)
-        prefixes = {r.sequence.request.prefix.digest for r in plan.rows if r.sequence.request.prefix is not None}
-        self._distinct_prefixes = len(prefixes)
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         for event in events:

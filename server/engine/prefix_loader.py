@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import Method, PrefixManifest, PrefixVersion, Window
 from prefix_store.store import PrefixStore
 from prefix_store.tensors import PAYLOADS, STACKS, PrefixTensors, is_within
+from server.distribution import SHORT_SECONDS, Distribution, Reading
 from server.engine.kv_pool import memory_slots
 from server.scheduler.messages import PrefixPayload
 
@@ -31,6 +33,18 @@ class LoadedPrefix:
         """Host memory it takes."""
         tensors: list[torch.Tensor | None] = [self.payload.tensor, self.payload.cross, self.payload.encoder]
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+@dataclass(frozen=True)
+class HostStats:
+    """A snapshot for metrics, of what is in host memory. `loads`: seconds of bringing one from the store."""
+
+    prefixes_resident: int
+    prefix_bytes: int
+    prefix_hits: int
+    prefix_misses: int
+    prefix_evictions: int
+    loads: Reading
 
 
 class PrefixLoader:
@@ -50,6 +64,8 @@ class PrefixLoader:
         self._sizes: dict[str, int] = {}  # of those that have been read
         self._kept: set[str] = set()
         self._total = 0  # bytes of what has been read and is not kept
+        self._hits = self._misses = self._evictions = 0
+        self._loads = Distribution(SHORT_SECONDS)
 
     def load(self, version: PrefixVersion) -> LoadedPrefix:
         """Blocks while reading. Raises PrefixMismatch or StoreCorrupt."""
@@ -58,6 +74,8 @@ class PrefixLoader:
             if owner := future is None:
                 future = self._loaded[version.digest] = Future()
             self._loaded.move_to_end(version.digest)
+            self._hits += not owner
+            self._misses += owner
         if owner:
             self._fill(future, version)
         return future.result()
@@ -76,7 +94,20 @@ class PrefixLoader:
                 self._total += self._sizes.get(digest, 0)
             self._kept.discard(digest)
 
+    def stats(self) -> HostStats:
+        """A consistent snapshot."""
+        with self._lock:
+            return HostStats(
+                prefixes_resident=len(self._sizes),
+                prefix_bytes=sum(self._sizes.values()),
+                prefix_hits=self._hits,
+                prefix_misses=self._misses,
+                prefix_evictions=self._evictions,
+                loads=self._loads.read(),
+            )
+
     def _fill(self, future: Future[LoadedPrefix], version: PrefixVersion) -> None:
+        begun = time.perf_counter()
         try:
             loaded = self._read(version)
         except BaseException as error:
@@ -86,6 +117,7 @@ class PrefixLoader:
         else:
             with self._lock:
                 self._note(version.digest, loaded.size_bytes)
+                self._loads.add(time.perf_counter() - begun)
             future.set_result(loaded)
 
     def _read(self, version: PrefixVersion) -> LoadedPrefix:
@@ -106,6 +138,7 @@ class PrefixLoader:
                 leaving.append(digest)
         for digest in leaving:
             del self._loaded[digest], self._sizes[digest]
+        self._evictions += len(leaving)
 
 
 def served_tensors(tensors: PrefixTensors, dtype: torch.dtype) -> PrefixTensors:

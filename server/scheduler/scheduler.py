@@ -27,6 +27,7 @@ from server.scheduler import beams, fairness, outcome
 from server.scheduler.limits import Limits, check_fits
 from server.scheduler.messages import FinishReason, GenerationRequest, TokenEvent
 from server.scheduler.pace import Pace
+from server.scheduler.phases import Phases
 from server.scheduler.plan import Row, RowResult, StepPlan
 from server.scheduler.sequence import Sequence
 from server.scheduler.service import GENERATED_WEIGHT, Service
@@ -49,6 +50,7 @@ class Scheduler:
         self.waiting = WaitingQueue(limits.waiting, self.service)
         self.running: list[Sequence] = []  # in order of admission: the last is the newest
         self.preemptions = 0
+        self.phases = Phases()
         self._sequences: dict[str, Sequence] = {}
         self._pace = Pace()
         self._step_cost = StepCost()
@@ -64,6 +66,7 @@ class Scheduler:
         if request.id in self._sequences:
             raise KeyError(f"{request.id} is in flight already")
         sequence = beams.begin(request, seed, self._eos_ids)
+        sequence.arrived_at = self._clock()
         try:
             self.waiting.push(sequence)
         except Overloaded as full:
@@ -187,6 +190,8 @@ class Scheduler:
             if place(sequence):
                 self.waiting.remove(sequence)
                 self.running.append(sequence)
+                if sequence.admitted_at is None:
+                    sequence.admitted_at = self._clock()
                 return sequence
         return None
 
@@ -276,12 +281,16 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
         self.service.settle(sequence)
-        self._pace.note(self._clock())
+        now = self._clock()
+        self._pace.note(now)
+        self.phases.note(sequence, now)
         del self._sequences[sequence.request.id]
 
     def _commit_rows(self, sequence: Sequence, rows: list[Row], results: list[RowResult]) -> TokenEvent | None:
         event, sampled = outcome.take(sequence, rows, results)
         self.service.charge(sequence, sampled=sampled)
+        if sampled and sequence.first_token_at is None:
+            sequence.first_token_at = self._clock()
         if event is not None and event.finish_reason is not None:
             self._end(sequence)
         return event

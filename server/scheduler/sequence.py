@@ -18,7 +18,8 @@ class Sequence:
     """A request in flight. `computed` of `tokens` have their keys and values in `extent`, its source's are in `source`.
 
     Invariant while running: `computed < len(tokens)` between steps, because the last sampled token has not been
-    through the model yet. `matcher`, opaque here, is how far the answer has come in the request's grammar.
+    through the model yet. `matcher`, opaque here, is how far the answer has come in the request's grammar. Times are
+    the scheduler's clock's, each of the first time.
     """
 
     request: GenerationRequest
@@ -32,6 +33,9 @@ class Sequence:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs_sent: bool = False
     matcher: Any = None
+    arrived_at: float = 0.0
+    admitted_at: float | None = None
+    first_token_at: float | None = None
     _occurrences: dict[int, int] = field(default_factory=dict, init=False, repr=False)
     _counted: int = field(default=0, init=False, repr=False)
 

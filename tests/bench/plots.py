@@ -26,13 +26,15 @@ class Panel:
     logarithmic: bool = False
 
 
-def draw(name: str, panels: Sequence[Panel]) -> Path:
-    """Writes `docs/results/<name>`, the panels side by side; equal panels give equal bytes."""
+def draw(name: str, panels: Sequence[Panel], columns: int | None = None) -> Path:
+    """Writes `docs/results/<name>`, the panels side by side, so many in a row; equal panels give equal bytes."""
     with _style():
         from matplotlib import pyplot, ticker
 
-        figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
-        for ax, panel in zip(axes[0], panels, strict=True):
+        columns = columns or len(panels)
+        rows = -(-len(panels) // columns)
+        figure, axes = pyplot.subplots(rows, columns, figsize=(4.2 * columns, 3.2 * rows), squeeze=False)
+        for ax, panel in zip(axes.flat, panels, strict=True):
             for label, (x, y) in panel.curves.items():
                 ax.plot(x, y, marker="." if len(x) < 20 else None, label=label)
             if panel.logarithmic:

@@ -141,6 +141,25 @@ def test_several_lapsed_jobs_end_in_one_claim(backend, queue, clock):
     assert queue.job_counts()[JobStatus.FAILED] == 3
 
 
+def test_leases_that_ran_out_are_counted_by_who_finds_them(backend, queue, clock):
+    enqueue(backend, "ftjob-1", "ftjob-2")
+    first = queue.claim("w1", LEASE)
+    assert (queue.overdue(), queue.lapsed) == (0, 0)
+    clock.now += LEASE
+    assert queue.overdue() == 1
+    queue.claim("w2", LEASE)
+    assert (queue.overdue(), queue.lapsed) == (0, 1), "taken over"
+    second = queue.claim("w2", LEASE)
+    queue.finish(second, JobStatus.QUEUED, None)
+    queue.claim("w2", LEASE)
+    assert queue.lapsed == 1, "what is handed back in good order has not run out"
+    queue.request_cancel("acme", first.id)
+    clock.now += LEASE
+    while queue.claim("w3", LEASE) is not None:
+        pass
+    assert (queue.overdue(), queue.lapsed) == (0, 3), "one taken over, one that nobody wants any more ended"
+
+
 def test_a_job_handed_back_gets_its_attempt_back(backend, queue):
     enqueue(backend, "ftjob-1")
     for fence in range(1, MAX_ATTEMPTS + 3):

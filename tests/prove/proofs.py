@@ -14,6 +14,7 @@ from tests.prove import (
     kill_store,
     kill_worker,
     model,
+    monitoring,
     prefixes,
     soak,
     store_costs,
@@ -40,6 +41,7 @@ PROOFS: dict[str, ModuleType] = {
             kill_store,
             store_costs,
             faults,
+            monitoring,
         ),
     )
 }

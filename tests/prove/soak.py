@@ -235,7 +235,7 @@ async def _soaked(
         "growth": round(growth(samples), 4),
         "is_flat": abs(growth(samples)) < FLAT,
         "preemptions": _counter(server.client, "antefix_num_preemptions_total"),
-        "evictions": _counter(server.client, "antefix_prefix_cache_evictions_total"),
+        "evictions": _counter(server.client, 'antefix_residency_evictions_total{tier="device"}'),
         "idle_after": _counter(server.client, "antefix_num_requests_running") == 0,
     }
 

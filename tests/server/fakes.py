@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
-from server.engine.loop import EngineStats
+from prefix_store.jobs import JobStatus
+from server.engine.loop import NONE, EngineStats
+from server.engine.prefix_loader import HostStats
+from server.metrics import Metrics
 from server.scheduler.messages import FinishReason, GenerationRequest, PrefixPayload, TokenEvent, TokenLogprob
 from server.scheduler.preloads import Preloads
 
@@ -15,9 +20,27 @@ END = 1  # the token that an answer ends with
 Answer = Callable[[GenerationRequest], list[int]]
 
 
-def stats(**numbers: int) -> EngineStats:
+def stats(**numbers: Any) -> EngineStats:
     """All zero but what is given."""
-    return EngineStats(**{**dict.fromkeys(EngineStats.__dataclass_fields__, 0), **numbers})
+    needed = [field.name for field in dataclasses.fields(EngineStats) if field.default is dataclasses.MISSING]
+    needed = [name for name in needed if not name.endswith("_of")]
+    return EngineStats(**{**dict.fromkeys(needed, 0), **numbers})
+
+
+def host_stats(**numbers: Any) -> HostStats:
+    """All zero but what is given."""
+    zero = {field.name: 0 for field in dataclasses.fields(HostStats)}
+    return HostStats(**{**zero, "loads": NONE, **numbers})
+
+
+def metrics(
+    engine: Callable[[], object] = stats,
+    jobs: Callable[[], dict[JobStatus, int]] = dict,
+    overdue: Callable[[], int] = lambda: 0,
+    **more: Any,
+) -> Metrics:
+    """Of a server in which nothing happens but what is given."""
+    return Metrics(engine, more.pop("host", host_stats), jobs, overdue, **more)
 
 
 @dataclass

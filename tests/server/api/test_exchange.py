@@ -9,10 +9,8 @@ from starlette.types import Receive, Scope, Send
 
 from prefix_store.store import Store
 from server.api.exchange import CLIENT_LEFT, Exchange
-from server.metrics import Metrics
-from tests.server import over_http
+from tests.server import fakes, over_http
 from tests.server.api.test_auth import key
-from tests.server.fakes import stats
 
 
 @pytest.mark.parametrize("offered", ["abc", "A-1_2.3", "x" * 64])
@@ -54,7 +52,7 @@ async def test_a_client_that_left_is_no_failure() -> None:
     async def nothing(*_: Any) -> dict[str, Any]:
         return {}
 
-    metrics = Metrics(stats, dict)
+    metrics = fakes.metrics()
     scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
     await Exchange(leaves, metrics)(scope, nothing, nothing)
     assert metrics.responses.labels("none", str(CLIENT_LEFT))._value.get() == 1

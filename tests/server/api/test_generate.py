@@ -372,6 +372,18 @@ def test_a_finished_call_is_counted(client: TestClient) -> None:
     assert 'antefix_request_success_total{finished_reason="stop"} 2.0' in text
     assert 'antefix_request_success_total{finished_reason="length"} 1.0' in text
     assert "antefix_time_to_first_token_seconds_count 2.0" in text
+    assert "antefix_request_prompt_tokens_count 2.0" in text
+    assert "antefix_request_time_per_output_token_seconds_count 1.0" in text, "one token alone has no pace"
+
+
+def test_tokens_are_counted_by_tenant(client: TestClient) -> None:
+    usages = [client.post("/generate", json={"prompt": prompt}).json()["usage"] for prompt in ("x", "the king")]
+    text = client.get("/metrics").text
+    for kind, field in (("prompt", "prompt_tokens"), ("generation", "completion_tokens")):
+        counted = float(sum(usage[field] for usage in usages))
+        assert f'antefix_tenant_tokens_total{{kind="{kind}",tenant="default"}} {counted}' in text
+    client.post("/generate", json={"prompt": "x", "max_tokens": 0})
+    assert client.get("/metrics").text.count("antefix_tenant_tokens_total{") == 4, "who is refused is not counted"
 
 
 def test_a_field_given_twice_is_refused(client: TestClient) -> None:

@@ -59,7 +59,7 @@ def test_a_failed_engine_is_not_ready(client: TestClient, loop: FakeLoop) -> Non
 def test_metrics_are_in_prometheus_s_text_format(client: TestClient) -> None:
     reply = client.get("/metrics")
     assert reply.headers["content-type"].startswith("text/plain; version=0.0.4")
-    for name in ("antefix_num_requests_running", "antefix_num_requests_waiting", "antefix_prefixes_resident"):
+    for name in ("antefix_num_requests_running", "antefix_num_requests_waiting", "antefix_store_up"):
         assert f"\n{name} " in reply.text
 
 

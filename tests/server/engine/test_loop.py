@@ -165,6 +165,44 @@ def test_a_preloaded_prefix_is_on_the_device_when_the_future_is_done(loop, engin
     assert collect(submit(loop, request("again", prefix=prefix)))[0] == kept
 
 
+def test_a_prefix_that_nobody_reads_is_no_use_of_the_pool(loop, engine):
+    before = loop.stats()
+    prefix = PrefixPayload("counted", 8, 8, True, random_kv(engine.frozen, 8))
+    collect(submit(loop, request("reader", prefix=prefix)))
+    after = loop.stats()
+    assert after.kv_usage == 0
+    assert after.kv_slots_used >= 8
+    assert after.prefix_bytes * before.kv_slots == after.kv_slots_used * _pool_bytes(engine)
+    assert after.loads.counts[-1] == before.loads.counts[-1] + 1
+    assert after.loads.total > before.loads.total
+
+
+def test_every_step_is_measured(loop):
+    before = [reading.counts[-1] for reading in (loop.stats().queue, loop.stats().prefill, loop.stats().decode)]
+    streams = [submit(loop, request(f"r{i}", new=4)) for i in range(3)]
+    for stream in streams:
+        collect(stream)
+    stats = loop.stats()
+    for reading in (stats.step_rows, stats.step_prefixes, stats.step_tokens, stats.step_seconds):
+        assert reading.counts[-1] == stats.steps > 0
+    assert stats.step_tokens.total == 9 + 9, "three prompts of three, and three tokens of each but the last"
+    assert stats.gaps.counts[-1] == 9
+    after = [reading.counts[-1] for reading in (stats.queue, stats.prefill, stats.decode)]
+    assert after == [count + 3 for count in before]
+    assert (stats.alive, stats.running_of, stats.waiting_of) == (True, {}, {})
+
+
+def test_who_runs_and_waits_is_known_by_tenant(loop):
+    streams = [submit(loop, request(f"r{i}", new=190)) for i in range(6)]
+    while not (stats := loop.stats()).running:
+        time.sleep(0.001)
+    assert (sum(stats.running_of.values()), sum(stats.waiting_of.values())) == (stats.running, stats.waiting)
+    assert stats.running_of.keys() == {"t"}
+    for index, stream in enumerate(streams):
+        loop.abort(f"r{index}")
+        collect(stream)
+
+
 def test_a_preload_that_fails_says_so_and_the_engine_goes_on(loop, engine, monkeypatch, caplog):
     prefix = PrefixPayload("lost", 4, 4, True, random_kv(engine.frozen, 4))
     with monkeypatch.context() as patch:
@@ -188,3 +226,7 @@ def test_whoever_waits_for_a_preload_when_the_loop_stops_is_told(engine):
     with pytest.raises(GenerationFailed):
         idle.preload(prefix, "me")
     idle.release("kept", "me")
+
+
+def _pool_bytes(engine: Engine) -> int:
+    return engine.pool.keys.nbytes + engine.pool.values.nbytes

@@ -55,3 +55,25 @@ def test_one_that_is_larger_than_the_budget_stays_until_the_next(store: Store, v
     for index in (0, 1):
         loader.load(versions[index])
         assert held(loader, versions) == [index]
+
+
+def test_what_was_there_and_what_was_read_is_counted(store: Store, versions: list[PrefixVersion]) -> None:
+    loader = PrefixLoader(store.prefixes, FROZEN, 2 * SIZE)
+    loader.keep(versions[0].digest)
+    for index in (0, 1, 1, 2, 3):
+        loader.load(versions[index])
+    found = loader.stats()
+    assert (found.prefix_hits, found.prefix_misses, found.prefix_evictions) == (1, 4, 1)
+    assert (found.prefixes_resident, found.prefix_bytes) == (3, 3 * SIZE)
+    assert (found.loads.counts[-1], found.loads.total > 0) == (4, True)
+
+
+def test_one_that_cannot_be_read_is_a_miss_and_no_load(
+    store: Store, versions: list[PrefixVersion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = PrefixLoader(store.prefixes, FROZEN, 2 * SIZE)
+    monkeypatch.setattr(store.prefixes, "read", lambda version: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loader.load(versions[0])
+    found = loader.stats()
+    assert (found.prefix_misses, found.loads.counts[-1], found.prefixes_resident) == (1, 0, 0)
