@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable, Iterable
 
 from prefix_store.errors import Overloaded
-from server.scheduler import beams, fairness, outcome
+from server.scheduler import backlog, beams, fairness, outcome
 from server.scheduler.limits import Limits, check_fits
 from server.scheduler.messages import FinishReason, GenerationRequest, TokenEvent
 from server.scheduler.pace import Pace
@@ -96,8 +96,8 @@ class Scheduler:
         rows = self._decode_rows()
         unread = [sequence for sequence in self.running if sequence.is_unread]
         prompts = [sequence for sequence in self.running if sequence.remaining > 1 and not sequence.is_unread]
-        context = sum(sequence.computed for sequence in prompts) / max(1, len(prompts))
-        budget = self._step_cost.prompt_budget(self.limits.step_tokens, len(rows), context, self._backlog(prompts))
+        ahead = backlog.of(prompts, self.waiting)
+        budget = self._step_cost.prompt_budget(self.limits.step_tokens, len(rows), backlog.context(prompts), ahead)
         # a single prompt does not hold up those behind it, however long it is
         beside = self._admit(budget // 2, unread) if len(prompts) == 1 else []
         budget -= _tokens(beside)
@@ -110,11 +110,7 @@ class Scheduler:
     def commit(self, plan: StepPlan, results: Iterable[RowResult]) -> list[TokenEvent]:
         """Applies what the rows of a plan produced, in the plan's order."""
         if plan.rows and not plan.transfers:
-            chunks = [row for row in plan.rows if not row.sequence.is_decoding]
-            prompt_tokens = _tokens(chunks)
-            context = sum(row.cost * (row.start + row.cost / 2) for row in chunks) / max(1, prompt_tokens)
-            decoding = len(plan.rows) - len(chunks)
-            self._step_cost.note(decoding, prompt_tokens, context, self._clock() - self._planned_at)
+            self._step_cost.note(*backlog.done(plan.rows), self._clock() - self._planned_at)
         events = [self._commit_rows(*found) for found in outcome.by_sequence(plan.rows, results)]
         return [event for event in events if event is not None]
 
@@ -225,12 +221,6 @@ class Scheduler:
             self._preempt(other)
         self.space.make_run(sequence, size)
         return self.space.place(sequence, size)
-
-    def _backlog(self, prompts: list[Sequence]) -> list[tuple[int, float]]:
-        """Tokens of prompts that are not done, and how many stand before each of them on average."""
-        begun = [(sequence.remaining, sequence.computed + sequence.remaining / 2) for sequence in prompts]
-        waiting = sum(sequence.remaining for sequence in self.waiting)
-        return [*begun, (waiting, waiting / 2 / max(1, len(self.waiting)))]
 
     def _decode_rows(self) -> list[Row]:
         rows: list[Row] = []
