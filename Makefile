@@ -4,6 +4,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 SECTION ?= all
+COMPOSE ?= docker compose
+PROFILES ?=
 
 .PHONY: help serve test check bench prove lint up clean
 
@@ -35,15 +37,11 @@ lint: .venv/.installed ## format, ruff, mypy, the import rules and README's figu
 bench: .venv/.installed ## measurements beside what a user would pick instead (SECTION=…)
 	$(BIN)/python -m tests.bench $(SECTION)
 
-prove: .venv/.installed ## a long proof: NAME=model, prefixes, tables, inspect, soak, users, paper, summarise, kill-worker, kill-store, concurrent-store, store-costs, faults, monitoring
+prove: .venv/.installed ## a long proof: NAME=model, prefixes, tables, inspect, soak, users, paper, summarise, kill-worker, kill-store, concurrent-store, store-costs, faults, monitoring, compose
 	$(BIN)/python -m tests.prove $(NAME)
 
-up: ## server and trainer by docker compose, with an API key in .antefix/compose.key
-	docker compose build
-	@test -s .antefix/compose.key || { mkdir -p .antefix && umask 077 && docker compose run --rm -T server \
-	  antefix key new --tenant default --scope admin > .antefix/compose.new && mv .antefix/compose.new .antefix/compose.key; }
-	docker compose up --detach
-	@echo "antefix comes up at http://127.0.0.1:8000; its first key is in .antefix/compose.key"
+up: ## Redis, server and trainer by docker compose, and the first API key; PROFILES=gpu,monitoring,edge, COMPOSE=…
+	@COMPOSE="$(COMPOSE)" PROFILES="$(PROFILES)" docker/up
 
 clean: ## removes the environment, not the store
 	rm -rf .venv

@@ -14,7 +14,9 @@ from prefix_store.errors import InvalidRequest
 from prefix_store.jobs import JobStatus
 
 DEFAULT_TENANT = "default"
-SCOPES = ("generate", "prefix:read", "prefix:write", "train", "admin")
+# `metrics` sees the numbers of all tenants, and nothing else; `admin` includes every scope.
+SCOPES = ("generate", "prefix:read", "prefix:write", "train", "metrics", "admin")
+TENANT_SCOPES = ("generate", "prefix:read", "prefix:write", "train")  # of what is the tenant's own
 KEY = re.compile(r"afx_([a-z0-9]{8})_([A-Za-z0-9_-]{43})")
 _ID_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 

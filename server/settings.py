@@ -8,16 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from prefix_store import jobs
+from prefix_store import jobs, secret_file
 from prefix_store.backends.base import DEFAULT_STORE
 from server.loopback import is_loopback
 
 PREFIX = "ANTEFIX_"
 # Read by the trainer and the command line, which share this environment.
-ELSEWHERE = ("ANTEFIX_TRAIN_MEMORY_MB", "ANTEFIX_WORKER_METRICS_PORT", "ANTEFIX_URL", "ANTEFIX_API_KEY")
+ELSEWHERE = (
+    *("ANTEFIX_TRAIN_MEMORY_MB", "ANTEFIX_WORKER_METRICS_HOST", "ANTEFIX_WORKER_METRICS_PORT"),
+    *("ANTEFIX_URL", "ANTEFIX_API_KEY", "ANTEFIX_API_KEY_FILE"),
+)
 
 
 class Settings(BaseSettings):
@@ -29,7 +32,12 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535)
     model: str | None = Field(default=None, description="hub id or folder; the bundled model if absent")
     model_name: str | None = Field(default=None, description="what replies call the model; the folder's name if absent")
-    store: str = DEFAULT_STORE
+    store_file: Annotated[str, BeforeValidator(secret_file.read)] | None = Field(
+        default=None, repr=False, description="a file with the store's address, password and all; goes before `store`"
+    )
+    store: Annotated[str, AfterValidator(lambda store, info: info.data.get("store_file") or store)] = Field(
+        default=DEFAULT_STORE, validate_default=True, repr=False
+    )
     blobs: str | None = Field(default=None, description="a folder beside the SQLite file if absent")
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"

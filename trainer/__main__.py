@@ -24,7 +24,6 @@ from trainer.progress import say
 from trainer.worker import Worker
 
 SETTINGS = "Settings are environment variables, ANTEFIX_…; docs/api.md lists them."
-METRICS_HOST = "127.0.0.1"
 GRACE_SECONDS = 6.0  # for a step under way when the process is told to stop, and for saving where every run stands
 
 
@@ -42,7 +41,7 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    serve_metrics(chosen.worker_metrics_port, registry)
+    serve_metrics(chosen.worker_metrics_host, chosen.worker_metrics_port, registry)
     return run(worker)
 
 
@@ -74,16 +73,16 @@ def make_worker(chosen: settings.Settings, registry: CollectorRegistry) -> Worke
     return worker
 
 
-def serve_metrics(port: int, registry: CollectorRegistry) -> None:
-    """Prometheus' text on loopback, unless the port is 0; a taken port costs the metrics, not the worker."""
+def serve_metrics(host: str, port: int, registry: CollectorRegistry) -> None:
+    """Prometheus' text, unless the port is 0; an address that cannot be had costs the metrics, not the worker."""
     if port == 0:
         return
     try:
-        start_http_server(port, addr=METRICS_HOST, registry=registry)
+        start_http_server(port, addr=host, registry=registry)
     except OSError as error:
-        say(f"no metrics: port {port} cannot be opened ({error.strerror}); set ANTEFIX_WORKER_METRICS_PORT")
+        say(f"no metrics: {host}:{port} cannot be opened ({error.strerror}); set ANTEFIX_WORKER_METRICS_PORT")
     else:
-        say(f"metrics at http://{METRICS_HOST}:{port}/metrics")
+        say(f"metrics at http://{host}:{port}/metrics")
 
 
 def run(worker: Worker) -> int:

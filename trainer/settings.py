@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from prefix_store import jobs
+from prefix_store import jobs, secret_file
 from prefix_store.backends.base import DEFAULT_STORE
 
 PREFIX = "ANTEFIX_"
@@ -29,13 +29,19 @@ class Settings(BaseSettings):
     model_name: str | None = Field(
         default=None, description="what the start line calls the model; the folder's name if absent"
     )
-    store: str = DEFAULT_STORE
+    store_file: Annotated[str, BeforeValidator(secret_file.read)] | None = Field(
+        default=None, repr=False, description="a file with the store's address, password and all; goes before `store`"
+    )
+    store: Annotated[str, AfterValidator(lambda store, info: info.data.get("store_file") or store)] = Field(
+        default=DEFAULT_STORE, validate_default=True, repr=False
+    )
     blobs: str | None = Field(default=None, description="a folder beside the SQLite file if absent")
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")
     methods: Annotated[dict[str, Path], NoDecode, BeforeValidator(jobs.method_files)] = Field(
         default={}, validate_default=False, description="Python files of tuning methods, with commas between them"
     )
     train_memory_mb: int = Field(default=0, ge=0, description="what steps may take; 0 for half of what is free")
+    worker_metrics_host: str = "127.0.0.1"
     worker_metrics_port: int = Field(default=8001, ge=0, le=65535, description="0 for none")
 
 

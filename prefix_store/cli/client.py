@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 from urllib.parse import quote
 
 import httpx
-import typer
 
-from prefix_store.cli.terminal import printable, transfer
+from prefix_store.cli.secret import secret
+from prefix_store.cli.terminal import fail, transfer
 from prefix_store.errors import InvalidName
 from prefix_store.prefix import PrefixRef, check_name
 from prefix_store.tenants import DEFAULT_TENANT
@@ -193,12 +193,6 @@ def connect() -> Iterator[Client]:
             fail(str(failure))
 
 
-def fail(message: str) -> NoReturn:
-    """Ends the command."""
-    typer.echo(f"antefix: {printable(message)}", err=True)
-    raise typer.Exit(1)
-
-
 def checked(name: str) -> str:
     """A name that a prefix may have. Ends the command for another, which would make another path."""
     try:
@@ -238,7 +232,7 @@ def _url() -> httpx.URL:
 
 
 def _key() -> str:
-    key = os.environ.get("ANTEFIX_API_KEY", "").strip()
+    key = secret("ANTEFIX_API_KEY").strip()
     if not re.fullmatch(r"[!-~]*", key):
         fail("ANTEFIX_API_KEY must be one key as `antefix key new` prints it: afx_…")
     return key

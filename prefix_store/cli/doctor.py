@@ -12,6 +12,7 @@ import typer
 
 from prefix_store.backends.base import DEFAULT_STORE
 from prefix_store.cli.checks.finding import Finding, Level, problem, warning
+from prefix_store.cli.secret import secret
 from prefix_store.cli.terminal import is_live, printable
 from prefix_store.errors import AntefixError
 
@@ -35,7 +36,7 @@ def doctor() -> None:
 def _findings() -> Iterator[Finding]:
     from prefix_store.cli.checks import machine, model, storage  # with what they import, seconds
 
-    address = os.environ.get("ANTEFIX_STORE") or DEFAULT_STORE
+    address = secret("ANTEFIX_STORE") or DEFAULT_STORE
     host = os.environ.get("ANTEFIX_HOST") or "127.0.0.1"
     yield from machine.versions()
     yield from machine.device(os.environ.get("ANTEFIX_DEVICE") or "auto")

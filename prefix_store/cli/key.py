@@ -10,7 +10,7 @@ from prefix_store.cli import amounts
 from prefix_store.cli.client import fail
 from prefix_store.cli.opened import opened
 from prefix_store.cli.terminal import moment
-from prefix_store.tenants import DEFAULT_TENANT, SCOPES, ApiKey
+from prefix_store.tenants import DEFAULT_TENANT, SCOPES, TENANT_SCOPES, ApiKey
 
 app = typer.Typer(help="API keys: new, ls, rotate, rm.", no_args_is_help=True)
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="eight letters and digits, as `antefix key ls` lists them")]
@@ -24,9 +24,9 @@ def new(
         float | None, typer.Option(parser=amounts.seconds, metavar="TIME", help="How long it is good, such as 30d.")
     ] = None,
 ) -> None:
-    """Make a key and print it. It is shown only here; without --scope it may do all but administer."""
+    """Make a key and print it. It is shown only here; without --scope it may do all with what is the tenant's own."""
     with opened(create=True) as store:
-        presented, key = store.keys.create(tenant, scope or [name for name in SCOPES if name != "admin"], expires)
+        presented, key = store.keys.create(tenant, scope or TENANT_SCOPES, expires)
     _show(presented, key)
 
 

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from prefix_store.backends.base import DEFAULT_STORE
-from prefix_store.cli.client import fail
+from prefix_store.cli.secret import secret
+from prefix_store.cli.terminal import fail
 from prefix_store.errors import AntefixError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 @contextmanager
 def opened(*, create: bool = False) -> Iterator[Store]:
     """The store; a failure of it is one line, and ends the command."""
-    address = os.environ.get("ANTEFIX_STORE") or DEFAULT_STORE
+    address = secret("ANTEFIX_STORE") or DEFAULT_STORE
     with store_at(address, os.environ.get("ANTEFIX_BLOBS") or None, create=create) as store:
         yield store
 

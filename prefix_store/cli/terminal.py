@@ -9,7 +9,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import TextIO
+from typing import NoReturn, TextIO
+
+import typer
 
 BAR_AFTER_SECONDS = 1.0
 # Everything that moves the cursor, colours, or turns the direction of writing, apart from \t and \n.
@@ -62,3 +64,9 @@ def transfer(doing: str, total: int | None) -> Iterator[Callable[[int], None]]:
         late.cancel()
         late.join()
         bar.stop()
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the command."""
+    typer.echo(f"antefix: {printable(message)}", err=True)
+    raise typer.Exit(1)

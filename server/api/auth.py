@@ -75,7 +75,7 @@ SCOPES = {
     ("POST", "/v1/fine_tuning/jobs/{job_id}/cancel"): "train",
     ("POST", "/v1/fine_tuning/jobs/{job_id}/pause"): "train",
     ("POST", "/v1/fine_tuning/jobs/{job_id}/resume"): "train",
-    ("GET", "/metrics"): "admin",
+    ("GET", "/metrics"): "metrics",
 }
 
 

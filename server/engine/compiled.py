@@ -32,15 +32,15 @@ def library(name: str, sources: Sequence[Path]) -> ctypes.CDLL | None:
 
 def _compiled(name: str, sources: Sequence[Path]) -> Path | None:
     """The compiled file, from the cache or made now; None where that fails."""
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        return None
     # -march=native means another file on another kind of processor, and a home folder may be shared between machines
     text = "".join(source.read_text("utf-8") for source in sources)
-    kind = f"{text}{FLAGS}{compiler}{platform.machine()}{_processor()}"
+    kind = f"{text}{FLAGS}{platform.machine()}{_processor()}"
     path = _cache() / f"{name}-{hashlib.sha256(kind.encode()).hexdigest()[:16]}.so"
     if path.exists():
         return path
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        return None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:

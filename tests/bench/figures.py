@@ -12,7 +12,7 @@ from tests.bench.sections import SECTIONS
 from tests.prove.proofs import PROOFS
 
 ROOT = Path(__file__).parents[2]
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("claims.md", "metrics.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 SHOWN = SECTIONS | PROOFS
 BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from tests.prove import (
+    compose,
     concurrent_store,
     faults,
     inspect,
@@ -42,6 +43,7 @@ PROOFS: dict[str, ModuleType] = {
             store_costs,
             faults,
             monitoring,
+            compose,
         ),
     )
 }

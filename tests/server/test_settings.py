@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,14 @@ def test_every_field_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch) 
     assert (read.port, read.model, read.require_prefix, read.kv_slots, read.blobs) == (9, "m", True, 77, None)
 
 
+def test_the_stores_address_may_lie_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "address").write_text("redis://:secret@redis:6379/0\n")
+    monkeypatch.setenv("ANTEFIX_STORE", "sqlite:///passed/over.db")
+    monkeypatch.setenv("ANTEFIX_STORE_FILE", str(tmp_path / "address"))
+    assert settings.read().store == "redis://:secret@redis:6379/0"
+    assert "secret" not in repr(settings.read())
+
+
 def test_the_names_of_a_workers_own_methods_are_taken_from_their_files(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.read().method_names == BUILT_IN_METHODS
     monkeypatch.setenv("ANTEFIX_METHODS", "/absent/low_rank.py,mine.py")
@@ -36,6 +45,7 @@ def test_the_names_of_a_workers_own_methods_are_taken_from_their_files(monkeypat
     [
         ("METHODS", "low-rank.py"),
         ("METHODS", "a/prefix.py"),
+        ("STORE_FILE", "/absent"),
         ("PORT", "x"),
         ("PORT", "70000"),
         ("DTYPE", "int4"),

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import socket
 
+import httpx
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Gauge
 
 from prefix_store.jobs import BUILT_IN_METHODS
 from tests.models import save_tiny
@@ -14,16 +15,33 @@ from trainer.settings import Settings
 
 def test_a_taken_metrics_port_costs_only_the_metrics(capsys):
     with socket.socket() as taken:
-        taken.bind((program.METRICS_HOST, 0))
+        taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        program.serve_metrics(port, CollectorRegistry())
-    assert f"no metrics: port {port} cannot be opened" in capsys.readouterr().out
+        program.serve_metrics("127.0.0.1", port, CollectorRegistry())
+    assert f"no metrics: 127.0.0.1:{port} cannot be opened" in capsys.readouterr().out
 
 
 def test_port_zero_is_no_metrics(capsys):
-    program.serve_metrics(0, CollectorRegistry())
+    program.serve_metrics("127.0.0.1", 0, CollectorRegistry())
     assert capsys.readouterr().out == ""
+
+
+def test_metrics_answer_at_the_address_that_was_chosen(capsys):
+    """127.0.0.2 is this machine's too, and nobody would listen there by default."""
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.2", 0))
+        except OSError:
+            pytest.skip("this system has one loopback address")
+        port = probe.getsockname()[1]
+    registry = CollectorRegistry()
+    Gauge("seven", "What stands there", registry=registry).set(7)
+    program.serve_metrics("127.0.0.2", port, registry)
+    assert f"metrics at http://127.0.0.2:{port}/metrics" in capsys.readouterr().out
+    assert "seven 7.0" in httpx.get(f"http://127.0.0.2:{port}/metrics").text
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{port}/metrics")
 
 
 def test_the_start_line_says_what_is_trained_and_where_jobs_come_from(tmp_path, capsys):

@@ -106,7 +106,7 @@ def ports(environment: Mapping[str, str]) -> Iterator[Finding]:
     host = environment.get("ANTEFIX_HOST") or "127.0.0.1"
     asked = (
         ("ANTEFIX_PORT", host, "8000", problem),
-        ("ANTEFIX_WORKER_METRICS_PORT", "127.0.0.1", "8001", warning),
+        ("ANTEFIX_WORKER_METRICS_PORT", environment.get("ANTEFIX_WORKER_METRICS_HOST") or "127.0.0.1", "8001", warning),
     )
     for name, address, default, bad in asked:
         text = environment.get(name) or default

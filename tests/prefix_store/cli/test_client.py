@@ -1,5 +1,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -182,8 +183,14 @@ def test_a_list_s_order_may_go_by_several_fields() -> None:
     assert asked == [{"shared": "true"}, {"shared": "true", "after": "t/a"}]
 
 
-def test_the_key_is_sent(antefix: Antefix, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_is_sent_from_the_environment_or_a_file(
+    antefix: Antefix, running: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     presented, _ = running.store.keys.create("acme", ["generate"])
     assert antefix("generate", "hi").exit_code == 1
     monkeypatch.setenv("ANTEFIX_API_KEY", presented)
+    assert antefix("generate", "hi").exit_code == 0
+    monkeypatch.delenv("ANTEFIX_API_KEY")
+    (tmp_path / "key").write_text(f"{presented}\n")
+    monkeypatch.setenv("ANTEFIX_API_KEY_FILE", str(tmp_path / "key"))
     assert antefix("generate", "hi").exit_code == 0

@@ -26,7 +26,7 @@ def test_list_shows_no_secret_and_remove_removes(antefix: Antefix, url: str) -> 
     key_id, tenant, scopes = line.split("\t")
     assert tenant == "default"
     assert "generate" in scopes
-    assert "admin" not in scopes
+    assert not {"metrics", "admin"} & set(scopes.split(",")), "they reach beyond the tenant"
     assert presented.split("_", 2)[2] not in line
     assert antefix("key", "rm", key_id).exit_code == 0
     assert antefix("key", "ls").stdout == ""
@@ -39,6 +39,19 @@ def test_what_the_store_refuses_is_one_line(antefix: Antefix, url: str, monkeypa
     monkeypatch.setenv("ANTEFIX_STORE", "postgres://x")
     result = antefix("key", "ls")
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+
+
+def test_the_stores_address_may_lie_in_a_file(
+    antefix: Antefix, url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert antefix("key", "new").exit_code == 0
+    monkeypatch.setenv("ANTEFIX_STORE", "sqlite:///passed/over.db")
+    monkeypatch.setenv("ANTEFIX_STORE_FILE", str(tmp_path / "address"))
+    result = antefix("key", "ls")
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "address': the file cannot be read: No such file or directory" in result.stderr
+    (tmp_path / "address").write_text(f"{url}\n")
+    assert len(antefix("key", "ls").stdout.splitlines()) == 1
 
 
 def test_a_key_may_expire(antefix: Antefix, url: str) -> None:

@@ -98,6 +98,15 @@ def test_a_key_does_only_what_its_scopes_allow(client: TestClient, store: Store)
     assert client.get("/metrics", headers=admin).status_code == 200
 
 
+def test_a_key_for_metrics_sees_nothing_else(client: TestClient, store: Store) -> None:
+    scraper = key(store, "metrics")
+    assert client.get("/metrics", headers=scraper).status_code == 200
+    for method, path in auth.SCOPES:
+        if path != "/metrics":
+            url = path.replace("{", "").replace("}", "").replace(":path", "")
+            assert client.request(method, url, headers=scraper).status_code == 403, f"{method} {path}"
+
+
 def test_tenants_see_their_own_and_nothing_of_others(client: TestClient, store: Store, frozen: FrozenModel) -> None:
     acme, other = key(store, "admin"), key(store, "admin", tenant="other")
     file = {"file": ("f", artefacts.native(frozen))}

@@ -28,6 +28,19 @@ def test_what_is_compiled_once_is_kept(monkeypatch, tmp_path):
     assert compiled.library("seven", [source]).seven() == 8
 
 
+def test_what_was_compiled_before_needs_no_compiler(monkeypatch, tmp_path):
+    """As in an image: compiled where it is built, used where there is none."""
+    source = tmp_path / "seven.c"
+    source.write_text("int seven(void) { return 7; }")
+    monkeypatch.setattr(compiled, "_cache", lambda: tmp_path / "cache")
+    if compiled.library("seven", [source]) is None:
+        pytest.skip("no C compiler")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert compiled.library("seven", [source]).seven() == 7
+    monkeypatch.setattr(compiled, "_processor", lambda: "another")
+    assert compiled.library("seven", [source]) is None, "it may have instructions that this one lacks"
+
+
 def test_what_cannot_be_loaded_is_none(monkeypatch, tmp_path):
     source = tmp_path / "seven.c"
     source.write_text("int seven(void) { return 7; }")
