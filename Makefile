@@ -37,7 +37,7 @@ lint: .venv/.installed ## format, ruff, mypy, the import rules and README's figu
 bench: .venv/.installed ## measurements beside what a user would pick instead (SECTION=…)
 	$(BIN)/python -m tests.bench $(SECTION)
 
-prove: .venv/.installed ## a long proof: NAME=model, prefixes, tables, inspect, soak, users, paper, summarise, kill-worker, kill-store, concurrent-store, store-costs, faults, monitoring, compose
+prove: .venv/.installed ## a long proof: NAME=model, prefixes, tables, inspect, soak, users, paper, summarise, kill-worker, kill-store, concurrent-store, store-costs, faults, monitoring, compose, ray
 	$(BIN)/python -m tests.prove $(NAME)
 
 up: ## Redis, server and trainer by docker compose, and the first API key; PROFILES=gpu,monitoring,edge, COMPOSE=…

@@ -82,6 +82,12 @@ def read() -> Settings:
         raise SystemExit(f"antefix: {name}={str(first['input'])[:80]!r}: {reason}") from None
 
 
+def variables() -> dict[str, str]:
+    """The server's variables as they are set, for servers on other machines."""
+    known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
+    return {name: value for name, value in os.environ.items() if name in known}
+
+
 def _refuse_unknown(environment: Mapping[str, str]) -> None:
     """A misspelt variable would otherwise be its default, silently."""
     known = [*(f"{PREFIX}{name}".upper() for name in Settings.model_fields), *ELSEWHERE]

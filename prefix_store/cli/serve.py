@@ -15,6 +15,8 @@ from typing import Annotated
 
 import typer
 
+from prefix_store.cli.client import fail
+
 PR_SET_PDEATHSIG = 1
 TELLS = "server"  # says when it takes requests
 POLL_SECONDS = 0.1
@@ -31,8 +33,20 @@ DRAIN_SECONDS = 20.0  # where ANTEFIX_DRAIN_SECONDS is not set, as the server ha
 
 def serve(
     worker: Annotated[bool, typer.Option("--worker", help="Train here too, in a second process.")] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="Serve from several replicas, by Ray Serve.")] = False,
+    replicas: Annotated[int | None, typer.Option(help="With --ray: always so many.", min=1)] = None,
+    min_replicas: Annotated[int, typer.Option(help="With --ray: at least so many.", min=1)] = 1,
+    max_replicas: Annotated[int | None, typer.Option(help="With --ray: up to so many, by the queue.", min=1)] = None,
 ) -> None:
     """Serve prefixes over HTTP until Ctrl-C; SIGTERM lets what runs end. Settings are ANTEFIX_… variables."""
+    if ray:
+        fewest, most = replicas or min_replicas, replicas or max_replicas or min_replicas
+        if worker or most < fewest:
+            fail(
+                "--ray takes no --worker, for `antefix worker` trains; and no fewer --max-replicas than --min-replicas"
+            )
+        amounts = [f"--min-replicas={fewest}", f"--max-replicas={most}"]
+        os.execv(sys.executable, [sys.executable, "-m", "server.cluster", *amounts])
     raise typer.Exit(supervise(["server", "trainer"] if worker else ["server"]))
 
 

@@ -144,7 +144,7 @@ def _keys(store: str, tenants: int) -> dict[str, str]:
     opened = Store.open(store)
     try:
         made = {f"tenant-{index:02}": ["generate", "prefix:write", "train"] for index in range(tenants)}
-        return {name: opened.keys.create(name, scopes)[0] for name, scopes in (made | {"watcher": ["admin"]}).items()}
+        return {name: opened.keys.create(name, scopes)[0] for name, scopes in (made | {"watcher": ["metrics"]}).items()}
     finally:
         opened.close()
 

@@ -17,6 +17,7 @@ from tests.prove import (
     model,
     monitoring,
     prefixes,
+    ray_serve,
     soak,
     store_costs,
     tables,
@@ -44,6 +45,7 @@ PROOFS: dict[str, ModuleType] = {
             faults,
             monitoring,
             compose,
+            ray_serve,
         ),
     )
 }

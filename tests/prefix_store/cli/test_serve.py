@@ -1,3 +1,4 @@
+import os
 import signal
 import subprocess
 import sys
@@ -5,8 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from prefix_store.cli import serve
+from prefix_store.cli import build, serve
 from server import settings
 from server.collector import PATIENCE_SECONDS
 
@@ -32,6 +34,32 @@ def wait_for(folder: Path, *names: str) -> None:
 
 def code(name: str, status: int = 0) -> str:
     return GRACEFUL.format(name=name, status=status)
+
+
+@pytest.mark.parametrize(
+    ("asked", "amounts"),
+    [
+        ("--replicas 3", ("3", "3")),
+        ("--max-replicas 4", ("1", "4")),
+        ("--min-replicas 2", ("2", "2")),
+    ],
+)
+def test_ray_takes_the_place_of_this_process_with_so_many_replicas(
+    monkeypatch: pytest.MonkeyPatch, asked: str, amounts: tuple[str, str]
+) -> None:
+    called = []
+    monkeypatch.setattr(os, "execv", lambda program, arguments: called.append(arguments))
+    monkeypatch.setattr("prefix_store.cli.serve.supervise", lambda modules: 0)
+    CliRunner().invoke(build(), ["serve", "--ray", *asked.split()])
+    fewest, most = amounts
+    assert called[0][1:] == ["-m", "server.cluster", f"--min-replicas={fewest}", f"--max-replicas={most}"]
+
+
+@pytest.mark.parametrize("asked", ["--worker", "--min-replicas 3 --max-replicas 2"])
+def test_ray_refuses_a_worker_and_a_maximum_below_the_minimum(asked: str) -> None:
+    result = CliRunner().invoke(build(), ["serve", "--ray", *asked.split()])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("antefix: --ray takes no --worker")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
