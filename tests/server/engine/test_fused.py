@@ -102,8 +102,9 @@ def test_a_row_that_overflows_does_so_alone():
     assert torch.equal(got[[0, 2]], sound[[0, 2]])
 
 
-def test_without_a_compiler_nothing_changes(monkeypatch):
+def test_without_a_compiler_nothing_changes(monkeypatch, tmp_path):
     monkeypatch.setattr(compiled, "COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr(compiled, "_cache", lambda: tmp_path)
     fused._library.cache_clear()
     try:
         assert fused.fuse(tiny_model("llama")) == 0

@@ -6,11 +6,12 @@ from server.engine.int8_rows import ZERO_POINT, round_rows, scale_rows
 
 
 @pytest.fixture(params=["native", "torch"], autouse=True)
-def way(request, monkeypatch):
+def way(request, monkeypatch, tmp_path):
     """Every test runs with the compiled functions and as if there were no compiler."""
     int8_rows._library.cache_clear()
     if request.param == "torch":
         monkeypatch.setattr(compiled, "COMPILERS", ("no-such-compiler",))
+        monkeypatch.setattr(compiled, "_cache", lambda: tmp_path)
     elif int8_rows._library() is None:
         pytest.skip("no C compiler")
     assert (int8_rows._library() is None) == (request.param == "torch")

@@ -154,6 +154,7 @@ def test_without_a_compiler_torchs_kernel_serves(monkeypatch, tmp_path):
     from server.engine import engine
 
     monkeypatch.setattr(compiled, "COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr(compiled, "_cache", lambda: tmp_path)
     native._library.cache_clear()
     try:
         assert not native.is_available(torch.float32)
