@@ -165,6 +165,11 @@ async def begin(
         for place, (prompt, params) in enumerate(asked)
         for index in range(requests)
     ]
+    if len(rows) > services.loop.most_waiting:
+        raise InvalidRequest(
+            f"this asks for {len(rows)} answers, and no more than {services.loop.most_waiting} may wait here",
+            param="n" if fields.n > 1 else "prompt",
+        )
     echoes = [prompt.text if params.echo else "" for prompt, params in asked for _ in range(fields.n)]
     call = Call(services.loop, rows, services.frozen.tokenizer, services.clock, echoes, each)
     whole = tuple(prompt for prompt, _ in asked)

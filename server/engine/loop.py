@@ -191,6 +191,11 @@ class EngineLoop:
         self._deliver(events)
 
     @property
+    def most_waiting(self) -> int:
+        """Requests that may wait; more of them at once are never taken."""
+        return self._engine.limits.waiting
+
+    @property
     def is_alive(self) -> bool:
         """Whether requests will be answered, once it runs."""
         return not self._stopping

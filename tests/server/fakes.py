@@ -54,6 +54,7 @@ class FakeLoop:
     requests: list[GenerationRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     preloads: Preloads = field(default_factory=lambda: Preloads(64))
+    most_waiting: int = 1024
 
     def __post_init__(self) -> None:
         self.hold.set()

@@ -414,3 +414,11 @@ def test_almost_a_route_is_no_route(client: TestClient, path: str) -> None:
     for reply in (client.post(path, json={"prompt": "x"}), client.delete(path)):
         assert reply.status_code in (404, 405)
         assert reply.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_more_answers_than_may_ever_wait_are_no_overload(client: TestClient, loop: FakeLoop) -> None:
+    loop.most_waiting = 3
+    refused = error(client, prompt="hi", n=4)
+    assert (refused["param"], refused["code"]) == ("n", "invalid_request")
+    assert "4 answers" in refused["message"]
+    assert client.post("/generate", json={"prompt": "hi", "n": 3}).status_code == 200
