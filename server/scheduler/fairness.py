@@ -9,7 +9,7 @@ in comes to an end by itself. A group of beams is several rows that come and go 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Collection, Container, Iterable
 
 from server.scheduler.sequence import Sequence
 from server.scheduler.service import Service
@@ -41,6 +41,20 @@ def turns(
         elif ahead <= allowance:
             others.append(line)
     return entitled, others
+
+
+def set_aside(budget: int, prompts: Collection[Sequence], lines: Iterable[Line]) -> int:
+    """Tokens of a step that prompts which have begun leave to those that wait.
+
+    The equal share of each waiting tenant that has none begun; and half where only one has, which holds up nobody,
+    however long it is.
+    """
+    begun = {sequence.request.tenant for sequence in prompts}
+    if not begun:
+        return 0
+    apart = sum(line.tenant not in begun for line in lines)
+    half = budget // 2 if len(prompts) == 1 else 0
+    return max(half, budget * apart // (apart + len(begun)))
 
 
 def share_out(budget: int, sequences: Iterable[Sequence]) -> list[tuple[Sequence, int]]:

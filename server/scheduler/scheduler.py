@@ -6,8 +6,8 @@ A step is `plan = schedule()`, the engine runs it, `events = commit(plan, result
 2. rows that decode go on, one token each;
 3. prompts that have begun go on, in chunks: what is left of the token budget is shared equally between tenants, and
    while others decode it is no more than makes the step take 1.5 times as long, or 3 times as prompts pile up;
-4. with the rest, and with half of it where a single prompt has begun, whoever waits is admitted, least service first;
-   within a tenant, in order of arrival.
+4. with the rest, and with what is set aside for that, whoever waits is admitted, least service first; within a tenant,
+   in order of arrival.
 
 When slots run out, prefixes nobody reads are evicted first; then rows are preempted: their own tokens are computed
 again later, their prefix is not, and their output is the same.
@@ -98,8 +98,7 @@ class Scheduler:
         prompts = [sequence for sequence in self.running if sequence.remaining > 1 and not sequence.is_unread]
         ahead = backlog.of(prompts, self.waiting)
         budget = self._step_cost.prompt_budget(self.limits.step_tokens, len(rows), backlog.context(prompts), ahead)
-        # a single prompt does not hold up those behind it, however long it is
-        beside = self._admit(budget // 2, unread) if len(prompts) == 1 else []
+        beside = self._admit(fairness.set_aside(budget, prompts, self.waiting.lines), unread)
         budget -= _tokens(beside)
         shares = fairness.share_out(budget, prompts)
         chunks = [row for sequence, count in shares for row in self._rows(sequence, count)]

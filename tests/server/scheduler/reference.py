@@ -52,7 +52,10 @@ class Reference:
         rows = [(asked, 1) for asked in self.running if asked.left == 1]
         budget = self.step_tokens - len(rows)
         prompts = [asked for asked in self.running if asked.left > 1]
-        beside = self._admitted(budget // 2) if len(prompts) == 1 else []
+        begun = {asked.tenant for asked in prompts}
+        apart = len(self.lines.keys() - begun)
+        equal = budget * apart // (apart + len(begun)) if begun else 0
+        beside = self._admitted(max(equal, budget // 2 if len(prompts) == 1 else 0))
         budget -= sum(count for _, count in beside)
         chunks = self._prompts(budget, prompts)
         rows += chunks + beside + self._admitted(budget - sum(count for _, count in chunks))

@@ -111,6 +111,21 @@ def test_a_flood_of_long_prompts_leaves_budget_for_another():
     assert first_token(blind=True) > 1000
 
 
+@pytest.mark.parametrize("begun", [1, 2, 4])
+def test_long_prompts_that_have_begun_leave_budget_for_another_tenants_next(begun):
+    """Also where that tenant has a row already, so that nobody is let in for it."""
+    traffic = Traffic(make_scheduler(slots=400_000, rows=64, step_tokens=128, context_length=9000))
+    traffic.add("b", 4, 1000)
+    traffic.run(5)
+    for _ in range(begun):
+        traffic.add("a", 8000, 8)
+    traffic.run(5)
+    name, before = traffic.add("b", 30, 1), traffic.steps
+    while name not in traffic.finished:
+        traffic.step()
+    assert traffic.finished[name] - before <= 2
+
+
 @pytest.mark.parametrize("shape", SATURATING)
 @pytest.mark.parametrize(
     ("steps", "limits"),
