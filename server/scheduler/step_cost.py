@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# Of the newest step in a running mean.
-WEIGHT = 0.1
+# Of the newest step in a running mean; of one without prompts that was quicker, more: what is late for once, and so
+# seems to bear large chunks, is forgotten soon.
+WEIGHT, QUICKER_WEIGHT = 0.1, 0.5
+# After so many steps with prompts one goes without, or nothing would tell any more what that takes.
+MOST_WITH_PROMPTS = 32
 # What prompts may add to a step, of its time without them. Costs scatter: to keep the slowest steps below twice the
 # usual ones, the aim is lower. It is raised, up to the most, where the prompts that wait would take more than so many
 # steps: then steps are longer, all alike, and what has piled up is done sooner.
@@ -34,8 +37,9 @@ class _Mean:
     seconds: float
 
     def add(self, tokens: float, seconds: float) -> None:
-        self.tokens += WEIGHT * (tokens - self.tokens)
-        self.seconds += WEIGHT * (seconds - self.seconds)
+        weight = QUICKER_WEIGHT if seconds < self.seconds else WEIGHT
+        self.tokens += weight * (tokens - self.tokens)
+        self.seconds += weight * (seconds - self.seconds)
 
 
 class _Chunks:
@@ -74,11 +78,13 @@ class StepCost:
         self._decoding: dict[int, _Mean] = {}
         self._chunks = _Chunks()
         self._has_begun = False
+        self._with_prompts = 0  # steps since one without
 
     def note(self, decoding: int, prompt_tokens: int, context: float, seconds: float) -> None:
         """A step took so long with so many rows that decode and tokens of prompts, each behind so many on average."""
         if seconds <= 0:
             return  # a clock that stands still, as in tests, tells nothing
+        self._with_prompts = self._with_prompts + 1 if prompt_tokens else 0
         if prompt_tokens == 0:
             mean = self._decoding.setdefault(decoding.bit_length(), _Mean(decoding, seconds))
             mean.add(decoding, min(seconds, OUTLIER * mean.seconds))
@@ -97,6 +103,8 @@ class StepCost:
 
         `backlog`: the prompts that are not done.
         """
+        if decoding and self._with_prompts >= MOST_WITH_PROMPTS:
+            return 0
         budget = step_tokens - decoding
         bearable = self.bearable(decoding, context, backlog) if decoding else None
         return budget if bearable is None else min(budget, max(LEAST_CHUNK, bearable))

@@ -6,7 +6,7 @@ import pytest
 
 from server.scheduler.plan import RowResult
 from server.scheduler.scheduler import Scheduler
-from server.scheduler.step_cost import ADDED, ADDED_MOST, SOON, StepCost
+from server.scheduler.step_cost import ADDED, ADDED_MOST, MOST_WITH_PROMPTS, SOON, StepCost
 from tests.server.scheduler.test_scheduler import Clock, make, request
 
 
@@ -91,11 +91,11 @@ def test_a_clock_that_does_not_move_tells_nothing(seconds: float) -> None:
     assert cost.bearable(8) is None
 
 
-def step(scheduler: Scheduler, clock: Clock, fixed: float = 0.020, each: float = 0.001) -> list[int]:
+def step(scheduler: Scheduler, clock: Clock, fixed: float = 0.020, each: float = 0.001, late: float = 0) -> list[int]:
     """One step that takes what its tokens cost; the tokens of each row."""
     plan = scheduler.schedule()
     counts = [row.count for row in plan.rows]
-    clock.now += fixed + each * sum(counts)
+    clock.now += fixed + each * sum(counts) + late
     scheduler.commit(plan, [RowResult(7 if row.samples else None) for row in plan.rows])
     return counts
 
@@ -139,6 +139,23 @@ def test_steps_are_longer_where_prompts_would_take_many() -> None:
     for index in range(5):
         scheduler.add(request(f"another {index}", prompt=length), seed=0)
     assert sum(step(scheduler, clock)) == pytest.approx(8 + ADDED_MOST * 28, abs=3), "and never longer than that"
+
+
+@pytest.mark.parametrize("late", [0.2, 3.0])
+def test_a_step_that_was_late_once_does_not_lift_the_bound_while_prompts_wait(late: float) -> None:
+    scheduler, clock = warm()
+    for index in range(40):
+        scheduler.add(request(f"{index}", prompt=2, new=2000), seed=0)
+    while scheduler.waiting or any(sequence.remaining > 1 for sequence in scheduler.running):
+        step(scheduler, clock)
+    step(scheduler, clock, late=late)
+    for index in range(20):
+        scheduler.add(request(f"long {index}", prompt=9000), seed=0)
+    sizes = [sum(step(scheduler, clock)) for _ in range(240)]
+    later = sizes[-4 * MOST_WITH_PROMPTS :]
+    assert max(sizes) == 512
+    assert max(later[len(later) // 2 :]) <= 41 + ADDED_MOST * 61 * 1.1
+    assert sum(size <= 41 for size in later) <= 9, "steps without prompts are few"
 
 
 def test_a_prompt_that_delays_nobody_takes_the_whole_step() -> None:
