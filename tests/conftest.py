@@ -10,6 +10,10 @@ import torch
 
 _WORST = "worst logit difference"
 
+# Read when Triton is imported, which transformers does where there is one, for other folders' fixtures already.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def pytest_configure() -> None:
     # tiny models only: a second thread would cost more in barriers than it saves

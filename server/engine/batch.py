@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from server.engine.attention.memory import memory_items
+from server.engine.attention.memory import MemoryItem, memory_items
 from server.engine.attention.work import WorkItem, cross_items, encoder_items, work_items
 from server.scheduler.plan import Row, StepPlan
 
@@ -55,10 +55,12 @@ class Batch:
     sources: Sources | None = None
 
 
-def build(plan: StepPlan, windows: Iterable[int], device: torch.device, *, relative: bool = False) -> Batch:
+def build(
+    plan: StepPlan, windows: Iterable[int], device: torch.device, lists: torch.device, *, relative: bool = False
+) -> Batch:
     """Packs a plan. Rows that share a prefix become neighbours; `selections` stay in the plan's order.
 
-    `relative`: the model's positions are relative, see `work_items`.
+    `lists`: where work and memories shall lie. `relative`: the model's positions are relative, see `work_items`.
     """
     packed = sorted(plan.rows, key=_prefix_start)
     token_ids: list[int] = []
@@ -75,15 +77,15 @@ def build(plan: StepPlan, windows: Iterable[int], device: torch.device, *, relat
         token_ids=torch.tensor([token_ids], device=device),
         positions=torch.tensor([positions], device=device),
         slots=torch.tensor(slots, device=device),
-        work={window: _lines(work_items(packed, window or None, relative=relative)) for window in windows},
-        memories=_memories(packed),
+        work={window: _lines(work_items(packed, window or None, relative=relative), lists) for window in windows},
+        memories=_memories(packed, lists),
         selected=torch.tensor(selected, dtype=torch.long, device=device),
         selections=tuple(selections[id(row.sequence)] for row in plan.rows),
-        sources=_sources(packed, device, relative) if packed[0].sequence.source is not None else None,
+        sources=_sources(packed, device, lists, relative) if packed[0].sequence.source is not None else None,
     )
 
 
-def _sources(packed: Sequence[Row], device: torch.device, relative: bool) -> Sources:
+def _sources(packed: Sequence[Row], device: torch.device, lists: torch.device, relative: bool) -> Sources:
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -103,8 +105,8 @@ def _sources(packed: Sequence[Row], device: torch.device, relative: bool) -> Sou
         positions=torch.tensor([positions], device=device),
         slots=torch.tensor(slots, dtype=torch.long, device=device),
         prompts=tuple(prompts),
-        work=_lines(encoder_items(beginning, relative=relative)),
-        cross=_lines(cross_items(packed)),
+        work=_lines(encoder_items(beginning, relative=relative), lists),
+        cross=_lines(cross_items(packed), lists),
     )
 
 
@@ -125,13 +127,13 @@ def _wanted(row: Row, first: int) -> list[int]:
     return [*wanted, first + row.count - 1] if row.samples else wanted
 
 
-def _lines(items: Sequence[WorkItem]) -> torch.Tensor:
-    return torch.tensor([item.as_tuple() for item in items])
+def _lines(items: Sequence[WorkItem] | Sequence[MemoryItem], device: torch.device) -> torch.Tensor:
+    return torch.tensor([item.as_tuple() for item in items], device=device)
 
 
-def _memories(rows: Sequence[Row]) -> torch.Tensor | None:
+def _memories(rows: Sequence[Row], device: torch.device) -> torch.Tensor | None:
     items = memory_items(rows)
-    return torch.tensor([item.as_tuple() for item in items]) if items else None
+    return _lines(items, device) if items else None
 
 
 def _prefix_start(row: Row) -> int:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from prefix_store.model.frozen import FrozenModel
 from server.distribution import SHORT_SECONDS, Distribution
 from server.engine import self_test
-from server.engine.attention import native
+from server.engine.attention import native, triton
 from server.engine.batch import build
 from server.engine.encoder_decoder import EncoderDecoderRunner
 from server.engine.kv_pool import KVPool, bytes_per_slot, memory_slots
@@ -62,8 +62,9 @@ class Engine:
                 self.pool.apply(transfer)
         if not plan.rows:
             return []
-        batch = build(plan, self.runner.windows, self.frozen.device, relative=self.frozen.is_relative)
-        return sample(self.runner.run(batch), batch.selections)
+        runner, frozen = self.runner, self.frozen
+        batch = build(plan, runner.windows, frozen.device, runner.lists, relative=frozen.is_relative)
+        return sample(runner.run(batch), batch.selections)
 
     def _load(self, load: Load) -> None:
         begun = time.perf_counter()
@@ -76,6 +77,9 @@ class Engine:
 
 def default_backend(frozen: FrozenModel) -> str:
     """The fastest attention backend that this machine has for a model."""
+    if frozen.device.type == "cuda":
+        available = triton.is_available(frozen.device, frozen.dtype, frozen.geometry.head_dim)
+        return "triton" if available else "plain"
     if frozen.device.type != "cpu":
         return "plain"
     return "native" if native.is_available(frozen.dtype) else "cpu"

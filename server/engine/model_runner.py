@@ -26,6 +26,7 @@ class ModelRunner:
         self.int8 = int8
         self.pool = pool
         self.backend = backend
+        self.lists = attention.lists_device(backend, frozen.device)
         self.windows = _windows(frozen.model)
         bind(frozen.model)
         (linear.quantize if int8 else linear.pack)(frozen.model)
@@ -55,7 +56,8 @@ class ModelRunner:
         """
         count, device = len(embeds), self.frozen.device
         slots = torch.arange(extent.start, extent.end, device=device)
-        work = {window: torch.tensor([prefill_item(extent, window).as_tuple()]) for window in self.windows}
+        items = {window: prefill_item(extent, window) for window in self.windows}
+        work = {window: torch.tensor([item.as_tuple()], device=self.lists) for window, item in items.items()}
         own = StackStep(*self.pool.of(Stack.SELF), slots, work)
         self.frozen.model(
             inputs_embeds=embeds[None].to(device),

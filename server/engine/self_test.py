@@ -150,7 +150,8 @@ def _worst_difference(runner: ModelRunner, truths: list[Truth]) -> float:
         plan = scheduler.schedule()
         for transfer in plan.transfers:
             pool.apply(transfer)
-        batch = build(plan, runner.windows, runner.frozen.device, relative=runner.frozen.is_relative)
+        frozen = runner.frozen
+        batch = build(plan, runner.windows, frozen.device, runner.lists, relative=frozen.is_relative)
         logits = runner.run(batch)
         results = []
         for selection in batch.selections:

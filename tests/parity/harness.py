@@ -58,7 +58,7 @@ class Recorder:
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
-        self.windows, self.prefill = runner.windows, runner.prefill
+        self.windows, self.lists, self.prefill = runner.windows, runner.lists, runner.prefill
         self.recorded: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def run(self, batch: Batch) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 transformers calls `attention` once a layer under the name `antefix`. It unpacks the step into tensors and integers and
 calls one `torch.library` operator, which stays opaque to compilers. No mask function is registered under that name, so
-transformers builds no mask; the work list says who sees what. What memories add comes after the backend, whichever.
+transformers builds no mask; the work list says who sees what.
 """
 
 from __future__ import annotations
@@ -18,20 +18,25 @@ from transformers import AttentionInterface
 from prefix_store.errors import ModelUnsupported
 from prefix_store.geometry import Stack
 from prefix_store.model import arguments, sites
-from server.engine.attention import cpu, memory, native, plain, segments
+from server.engine.attention import cpu, memory, native, plain, segments, triton
 
 NAME = "antefix"
 BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
     "native": native.attend,
     "cpu": partial(segments.attend, cpu.attend_item),
     "plain": partial(segments.attend, plain.attend_item),
+    "triton": triton.attend,
 }
+# Backends that read a step's lists on the device, and that add what memories give by themselves.
+ON_DEVICE = frozenset({"triton"})
 _NO_WINDOW = 0
 
 
 @dataclass(frozen=True)
 class StackStep:
     """What a step's attention needs in one stack; `keys` and `values` `[L, S, Hkv, D]` are the stack's pool.
+
+    The lists, `work` and `memories`, lie where `lists_device` says.
 
     `slots` `[T]`: where the key and the value of each packed token go; without any, they are written nowhere. `work`:
     one `[n, 8]` integer tensor for each sliding window in the model, 0 standing for none. `memories`: a `[m, 4]` one,
@@ -56,6 +61,11 @@ class StepContext:
     stacks: Mapping[Stack, StackStep]
     backend: str
     is_relative: bool = False
+
+
+def lists_device(backend: str, device: torch.device) -> torch.device:
+    """Where a backend reads the work and the memories of a step on that device: there, or on the host."""
+    return device if backend in ON_DEVICE else torch.device("cpu")
 
 
 def attention(
@@ -121,7 +131,10 @@ def _attend(
     if len(slots):
         keys.index_copy_(0, slots, key.to(keys.dtype))
         values.index_copy_(0, slots, value.to(values.dtype))
-    output = BACKENDS[backend](query, keys, values, work, window=window, scale=scale, softcap=softcap, bias=bias)
+    attend = partial(BACKENDS[backend], window=window, scale=scale, softcap=softcap, bias=bias)
+    if backend in ON_DEVICE:
+        return attend(query, keys, values, work, memories=memories)
+    output = attend(query, keys, values, work)
     if memories is not None:
         memory.add(output, query, keys, values, memories)
     return output

@@ -16,6 +16,7 @@ from server.scheduler.residency import Resident
 from server.scheduler.sampling_params import SamplingParams
 from server.scheduler.sequence import Sequence
 from server.scheduler.slots import Extent
+from tests.parity.harness import backends
 
 SLOTS, SIZE, REACH = 400, 16, 9
 
@@ -58,7 +59,7 @@ def written_out(rows, query, keys, values, window, slides, scale, softcap) -> to
     return torch.stack(outputs)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends())
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
 @pytest.mark.parametrize(("window", "slides"), [(0, True), (7, True), (7, False), (25, True)])
 @pytest.mark.parametrize("softcap", [0.0, 1.5])
@@ -75,7 +76,7 @@ def test_equals_attention_written_out(backend, heads, window, slides, softcap):
         assert float((got - expected).abs().max()) < 2e-6
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends())
 def test_relative_positions_add_their_bias_to_scores(backend):
     """Written out by distance, virtual tokens being places like all others; a table that is off by one fails."""
     for seed in range(6):
