@@ -61,6 +61,15 @@ def abreast(jobs: Sequence[Callable[[], T]]) -> list[T]:
         pool.shutdown(cancel_futures=True)
 
 
+def at_best_rate(
+    run: Callable[[float, int], dict[str, Any]], rates: Sequence[float], seeds: Sequence[int]
+) -> list[dict[str, Any]]:
+    """A run a seed, at the learning rate that has the least dev loss with the first seed."""
+    tried = {rate: run(rate, seeds[0]) for rate in rates}
+    rate = min(tried, key=lambda rate: tried[rate]["loss"])
+    return [tried[rate], *(run(rate, seed) for seed in seeds[1:])]
+
+
 def _key(what: dict[str, Any]) -> str:
     return json.dumps(what, sort_keys=True)
 

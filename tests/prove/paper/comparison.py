@@ -16,7 +16,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tests.bench import plots, results
-from tests.prove.arms import Runs, abreast
+from tests.prove.arms import Runs, abreast, at_best_rate
 from tests.prove.bundled import load
 from tests.prove.paper import baselines
 from tests.prove.paper.runs import RATES, VIRTUAL_TOKENS
@@ -158,9 +158,7 @@ def _written(of: Run, task: Task, name: str) -> dict[str, Any]:
 
 
 def _arm(of: Run, task: Task, name: str, steps: int) -> dict[str, Any]:
-    tried = {rate: of(task, name, rate, SEEDS[0], steps) for rate in arms()[name]}
-    rate = min(tried, key=lambda rate: tried[rate]["loss"])
-    return mean([tried[rate], *(of(task, name, rate, seed, steps) for seed in SEEDS[1:])])
+    return mean(at_best_rate(lambda rate, seed: of(task, name, rate, seed, steps), arms()[name], SEEDS))
 
 
 def _ablation(of: Run, name: str, rate: float) -> dict[str, Any]:

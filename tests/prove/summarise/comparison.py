@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from prefix_store.model import frozen
 from tests.bench import results
-from tests.prove.arms import Runs, abreast
+from tests.prove.arms import Runs, abreast, at_best_rate
 from tests.prove.paper.baselines import BATCH
 from tests.prove.summarise import answers, pretrain, runs, tasks
 from tests.prove.summarise.rivals import rivals
@@ -101,9 +101,7 @@ def _arm(made: Runs, what: dict[str, Any]) -> dict[str, Any]:
 
     if not (rates := arms()[what["arm"]]):
         return mean([one(0.0, SEEDS[0])])
-    tried = {rate: one(rate, SEEDS[0]) for rate in rates}
-    rate = min(tried, key=lambda rate: tried[rate]["loss"])
-    return mean([tried[rate], *(one(rate, seed) for seed in SEEDS[1:])])
+    return mean(at_best_rate(one, rates, SEEDS))
 
 
 def _table(task: str, found: dict[str, Any], parameters: int) -> str:
