@@ -138,13 +138,17 @@ def once(tenant: str, request: str) -> str:
 
 
 def audit(at: float, entry_id: str) -> str:
-    """A line of the audit log, in order of time."""
-    return f"audit/{milliseconds(at)}-{entry_id}"
+    """A line of the audit log, in order of time: two changes are often made within one millisecond."""
+    return f"audit/{milliseconds(at)}-{_microseconds(at) % 1000:03d}{entry_id}"
 
 
 def milliseconds(at: float) -> str:
     """A time as a part of a key, ordered as times are."""
-    return f"{int(at * 1000):015d}"
+    return f"{_microseconds(at) // 1000:015d}"
+
+
+def _microseconds(at: float) -> int:
+    return int(at * 1_000_000)
 
 
 def number_of(part: str) -> int:

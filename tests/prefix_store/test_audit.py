@@ -32,6 +32,14 @@ def test_every_change_of_a_prefix_leaves_a_line(store, backend, clock):
     assert next(store.audit.entries()).digest == "a" * 64
 
 
+def test_lines_of_one_moment_stay_in_order(store, clock):
+    names = [f"tenant-{number % 7}-{number}" for number in range(30)]
+    for name in names:
+        store.tenants.create(name)
+        clock.now += 0.00001 * (len(name) % 2)  # some within one microsecond, all within one millisecond
+    assert [line.tenant for line in store.audit.entries()] == names
+
+
 def test_jobs_and_tenants_leave_lines_too(store, backend):
     store.tenants.create("acme")
     store.tenants.set_quotas("acme", {"jobs": 3})
