@@ -30,6 +30,7 @@ AntefixError
 ├── ModelUnsupported             a model that cannot be served right
 ├── Loading                      this server is not ready yet
 └── GenerationFailed             the engine could not finish a request
+    ├── PrefixNumerics           the prefix or the prompt makes this model's logits overflow
     └── ShuttingDown             this server takes no more requests; another one, or a later one, does
 """
 
@@ -227,6 +228,20 @@ class GenerationFailed(AntefixError):
     """The engine could not finish a request; trying again is safe."""
 
     code = "generation_failed"
+
+
+class PrefixNumerics(GenerationFailed):
+    """Finite keys and values behind which this model's logits are not finite; the same request fails again."""
+
+    code = "prefix_numerics"
+
+    def __init__(
+        self,
+        message: str = "the prefix or the prompt makes this model's logits overflow",
+        *,
+        param: str | None = None,
+    ) -> None:
+        super().__init__(message, param=param)
 
 
 class ShuttingDown(GenerationFailed):

@@ -150,7 +150,7 @@ class Call:
 
     def _apply(self, choice: Choice, event: TokenEvent) -> Delta:
         if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-            raise GenerationFailed(event.error or "the request was aborted")
+            raise event.error or GenerationFailed("the request was aborted")
         if event.finish_reason is FinishReason.SHUTDOWN:
             raise ShuttingDown()
         if event.token_ids and self.first_token_at is None:

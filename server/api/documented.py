@@ -13,6 +13,7 @@ from server.api.fine_tuning_schemas import FineTuningBody
 DIGEST = "e4c76bd9764133779ad452397eeccc66cfb88ea2138415e120295f5d491416bb"
 # What any route answers that asks for a key; what it reads a body for; and what it is named an object for.
 KEYED, WITH_BODY, NAMED = (400, 401, 403, 429, 500, 503), (408, 413), (404,)
+GENERATING = (*NAMED, 422)
 CONDITIONAL, REPEATABLE = (412,), (409, 422)
 
 
@@ -100,7 +101,7 @@ ROWS: dict[tuple[str, str], Row] = {
         },
         schemas.GenerateBody,
         {"prompt": "The king", "prefix_id": "plays", "max_tokens": 2, "temperature": 0},
-        others=NAMED,
+        others=GENERATING,
         streams=True,
     ),
     ("POST", "/v1/completions"): Row(
@@ -112,7 +113,7 @@ ROWS: dict[tuple[str, str], Row] = {
         },
         openai_schemas.CompletionBody,
         {"model": "plays", "prompt": "The king", "max_tokens": 2},
-        others=NAMED,
+        others=GENERATING,
         streams=True,
     ),
     ("POST", "/v1/chat/completions"): Row(
@@ -131,7 +132,7 @@ ROWS: dict[tuple[str, str], Row] = {
         },
         openai_schemas.ChatBody,
         {"model": "plays", "messages": MESSAGES, "max_tokens": 2},
-        others=NAMED,
+        others=GENERATING,
         streams=True,
     ),
     ("GET", "/v1/models"): Row(shapes.ModelList, {"object": "list", "data": [CARD]}),

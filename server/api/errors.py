@@ -37,6 +37,7 @@ TABLE: dict[type[AntefixError], tuple[int, str]] = {
     errors.StoreUnavailable: (503, SERVER),
     errors.Loading: (503, SERVER),
     errors.GenerationFailed: (500, SERVER),
+    errors.PrefixNumerics: (422, INVALID),
     errors.ShuttingDown: (503, SERVER),
 }
 HEADERS = {

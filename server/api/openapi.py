@@ -21,7 +21,8 @@ DESCRIPTIONS = {
     **{400: "The request cannot be served as it stands", 401: "No API key, or not a valid one"},
     **{403: "The key lacks the scope, or a quota is used up", 404: "Unknown, or another tenant's"},
     **{408: "The body stopped on its way", 409: "Not in this state", 412: "Not what If-Match says any more"},
-    **{413: "The body is larger than this route takes", 422: "An Idempotency-Key that came with another request"},
+    **{413: "The body is larger than this route takes"},
+    **{422: "An Idempotency-Key of another request, or a prefix whose logits overflow"},
     **{429: "Too much in this minute, or at once; see Retry-After", 500: "The server failed"},
     503: "The store is away, or the server stops; see Retry-After",
 }

@@ -7,11 +7,12 @@ from collections.abc import Sequence as Rows
 import numpy as np
 import torch
 
+from prefix_store.errors import GenerationFailed
 from server.engine.grammar import GrammarError
 from server.scheduler.sequence import Sequence
 
 
-def read_on(sequences: Rows[Sequence]) -> dict[Sequence, str]:
+def read_on(sequences: Rows[Sequence]) -> dict[Sequence, GenerationFailed]:
     """Reads what their last tokens were; those whose grammar cannot be followed any further, and why.
 
     A sequence's matcher lives as long as the sequence does, so a preemption, which keeps the tokens, changes nothing.
@@ -27,7 +28,7 @@ def read_on(sequences: Rows[Sequence]) -> dict[Sequence, str]:
             sequence.matcher.read(sequence.tokens[sequence.prompt_length :])
         except GrammarError as error:
             grammar.is_spoilt = True
-            failed[sequence] = f"the grammar of this answer became too complex to follow: {error}"
+            failed[sequence] = GenerationFailed(f"the grammar of this answer became too complex to follow: {error}")
     return failed
 
 

@@ -94,7 +94,9 @@ class EngineLoop:
                 self._stopping = True
                 lost = list(self._sinks)
             _settle(self._preloading, GenerationFailed(FAILED))
-            self._deliver([TokenEvent(name, finish_reason=FinishReason.ERROR, error=FAILED) for name in lost])
+            self._deliver(
+                [TokenEvent(name, finish_reason=FinishReason.ERROR, error=GenerationFailed(FAILED)) for name in lost]
+            )
         finally:
             self._ended.set()
 

@@ -8,6 +8,7 @@ from itertools import chain, islice
 
 import torch
 
+from prefix_store.errors import PrefixNumerics
 from server.engine import filters
 from server.engine.adjustments import adjust
 from server.engine.batch import Selection
@@ -17,8 +18,6 @@ from server.scheduler.messages import TokenLogprob
 from server.scheduler.plan import RowResult
 from server.scheduler.sampling_params import MAX_LOGPROBS, SamplingParams
 from server.scheduler.sequence import Sequence
-
-NUMERICS = "the prefix or the prompt makes this model's logits overflow (prefix_numerics)"
 
 
 def sample(logits: torch.Tensor, selections: Rows[Selection]) -> list[RowResult]:
@@ -40,7 +39,7 @@ def sample(logits: torch.Tensor, selections: Rows[Selection]) -> list[RowResult]
     if beams:
         found = candidates(logits[[_last(s) for s in beams]], [s.row.sequence for s in beams])
         results.update((s, replace(results[s], candidates=best)) for s, best in zip(beams, found, strict=True))
-    return [results.get(s) or RowResult(error=failed.get(s.row.sequence, NUMERICS)) for s in selections]
+    return [results.get(s) or RowResult(error=failed.get(s.row.sequence) or PrefixNumerics()) for s in selections]
 
 
 def _likeliest(logits: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from prefix_store.errors import GenerationFailed
 from prefix_store.geometry import Stack
 from server.scheduler.sampling_params import SamplingParams
 
@@ -130,5 +131,5 @@ class TokenEvent:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     end_logprob: TokenLogprob | None = None
-    error: str | None = None
+    error: GenerationFailed | None = None
     hypotheses: tuple[Hypothesis, ...] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from prefix_store.errors import GenerationFailed
 from server.scheduler.messages import PrefixPayload, TokenLogprob
 from server.scheduler.sequence import Sequence
 from server.scheduler.slots import Extent
@@ -84,5 +85,5 @@ class RowResult:
     token_id: int | None = None
     logprob: TokenLogprob | None = None
     scored: list[TokenLogprob] = field(default_factory=list)
-    error: str | None = None
+    error: GenerationFailed | None = None
     candidates: tuple[Candidate, ...] = ()

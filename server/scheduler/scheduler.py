@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
-from prefix_store.errors import Overloaded
+from prefix_store.errors import GenerationFailed, Overloaded
 from server.scheduler import backlog, beams, fairness, outcome
 from server.scheduler.limits import Limits, check_fits
 from server.scheduler.messages import FinishReason, GenerationRequest, TokenEvent
@@ -113,9 +113,9 @@ class Scheduler:
         events = [self._commit_rows(*found) for found in outcome.by_sequence(plan.rows, results)]
         return [event for event in events if event is not None]
 
-    def fail_running(self, error: str) -> list[TokenEvent]:
+    def fail_running(self, why: str) -> list[TokenEvent]:
         """Ends what is running, after a step that broke; the residents go too, for their slots may be half written."""
-        events = [self._finish(sequence, FinishReason.ERROR, error) for sequence in list(self.running)]
+        events = [self._finish(sequence, FinishReason.ERROR, GenerationFailed(why)) for sequence in list(self.running)]
         self.residency.clear()
         self.space.preloads.miss_none()  # it may be one of them that broke the step
         return events
@@ -259,7 +259,7 @@ class Scheduler:
         self.running.remove(sequence)
         self.space.vacate(sequence)
 
-    def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> TokenEvent:
+    def _finish(self, sequence: Sequence, reason: FinishReason, error: GenerationFailed | None = None) -> TokenEvent:
         self._end(sequence)
         hypotheses = sequence.given_up() if reason is FinishReason.TIMEOUT else ()
         return TokenEvent(sequence.request.id, finish_reason=reason, error=error, hypotheses=hypotheses)

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
+from prefix_store.errors import PrefixNumerics
 from prefix_store.model.frozen import FrozenModel
 from server.engine.engine import Engine
 from server.scheduler.messages import FinishReason, GenerationRequest, PrefixPayload, TokenEvent
@@ -142,7 +143,7 @@ def test_a_finite_prefix_that_overflows_fails_alone_and_leaves_its_neighbours_bi
     events = steps(beside_huge, good, request("other", PROMPTS[1], payload(huge, "huge"), **options))
     (failed,) = [event for event in events if event.request_id == "other"]
     assert failed.finish_reason is FinishReason.ERROR
-    assert "prefix_numerics" in failed.error
+    assert isinstance(failed.error, PrefixNumerics)
     assert [token for event in events for token in event.token_ids] == expected["good"]
     assert torch.equal(recorded(beside_huge, "good")[0], recorded(beside_fine, "good")[0])
 

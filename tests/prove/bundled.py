@@ -75,7 +75,7 @@ class Bench:
             while left:
                 for event in self._engine.step():
                     if event.error is not None:
-                        raise RuntimeError(event.error)
+                        raise event.error
                     events[int(event.request_id)].append(event)
                     left -= event.finish_reason is not None
                 bar.update(shown, completed=len(work) - left)

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from prefix_store.errors import GenerationFailed
 from prefix_store.jobs import JobStatus
 from server.engine.loop import NONE, EngineStats
 from server.engine.prefix_loader import HostStats
@@ -50,7 +51,7 @@ class FakeLoop:
     answer: Answer
     hold: threading.Event = field(default_factory=threading.Event)
     refusal: Exception | None = None
-    failure: str | None = None
+    failure: GenerationFailed | None = None
     requests: list[GenerationRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     preloads: Preloads = field(default_factory=lambda: Preloads(64))

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from prefix_store.errors import GenerationFailed
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.store import Store
 from prefix_store.tenants import DEFAULT_TENANT
@@ -256,7 +257,7 @@ def test_errors_are_the_clients_own_classes_with_their_codes(client: Client) -> 
 
 
 def test_a_failure_in_mid_stream_is_the_clients_error(scripted: str, known: Client, loop: FakeLoop) -> None:
-    loop.failure = "the step broke"
+    loop.failure = GenerationFailed("the step broke")
     with pytest.raises(openai.APIError) as broken:
         list(known.completions.create(model="tiny-llama", prompt="x", stream=True, max_tokens=64))
     assert (broken.value.code, broken.value.message) == ("generation_failed", "the step broke")

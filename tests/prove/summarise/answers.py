@@ -42,7 +42,7 @@ def by_engine(frozen: FrozenModel, sources: Sequence[Source], prefix: PrefixPayl
         while len(best) < len(sources):
             for event in engine.step():
                 if event.error is not None:
-                    raise RuntimeError(event.error)
+                    raise event.error
                 best[int(event.request_id)] = event.hypotheses[0].token_ids
             bar.update(shown, completed=len(best))
     return _texts(frozen.tokenizer, [best[row] for row in range(len(sources))])

@@ -87,7 +87,7 @@ async def test_when_one_is_refused_all_are_ended(frozen: FrozenModel) -> None:
 @pytest.mark.anyio
 @pytest.mark.parametrize("reason", [FinishReason.ERROR, FinishReason.ABORT])
 async def test_an_end_that_nobody_asked_for_is_a_failure(frozen: FrozenModel, reason: FinishReason) -> None:
-    made = call(frozen, Script(TokenEvent("a", finish_reason=reason, error="why")))
+    made = call(frozen, Script(TokenEvent("a", finish_reason=reason, error=GenerationFailed("why"))))
     made.submit()
     with pytest.raises(GenerationFailed, match="why"):
         await made.finish()

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from prefix_store.errors import Overloaded
+from prefix_store.errors import GenerationFailed, Overloaded
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.model.prompt import encode
 from prefix_store.store import Store
@@ -265,7 +265,7 @@ def test_a_full_queue_is_429(client: TestClient, loop: FakeLoop, stream: bool) -
 
 
 def test_a_failure_in_mid_stream_is_an_event(client: TestClient, loop: FakeLoop) -> None:
-    loop.failure = "the step broke"
+    loop.failure = GenerationFailed("the step broke")
     *pieces, last = chunks(client, **LONG, stream_options={"include_usage": True})
     assert "".join(piece["choices"][0]["text"] for piece in pieces) == ANSWER
     assert set(last) == {"error"}

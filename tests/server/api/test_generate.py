@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from prefix_store.errors import Overloaded
+from prefix_store.errors import GenerationFailed, Overloaded, PrefixNumerics
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.model.prompt import encode
 from prefix_store.store import Store
@@ -355,8 +355,15 @@ def test_when_one_of_several_choices_is_refused_the_others_are_ended(client: Tes
     assert loop.requests[0].id in loop.aborted
 
 
+def test_logits_that_overflow_have_a_code_of_their_own(client: TestClient, loop: FakeLoop) -> None:
+    loop.failure = PrefixNumerics()
+    reply = client.post("/generate", json={"prompt": "x"})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (422, "prefix_numerics")
+    assert events(client, prompt="x")[-1] == reply.json()
+
+
 def test_a_failure_in_the_engine_is_500_or_an_event(client: TestClient, loop: FakeLoop) -> None:
-    loop.failure = "the step broke"
+    loop.failure = GenerationFailed("the step broke")
     reply = client.post("/generate", json={"prompt": "x"})
     assert reply.status_code == 500
     assert reply.json()["error"]["code"] == "generation_failed"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from prefix_store.errors import InvalidRequest
+from prefix_store.errors import InvalidRequest, PrefixNumerics
 from server.scheduler.beams import BeamGroup
 from server.scheduler.limits import Limits
 from server.scheduler.messages import FinishReason, GenerationRequest, Hypothesis, PrefixPayload, TokenEvent
@@ -338,8 +338,9 @@ def test_a_group_fails_as_a_whole():
     device.step()
     plan = device.scheduler.schedule()
     results = device.run(plan)
-    results[1] = RowResult(error="overflow")
+    overflow = PrefixNumerics()
+    results[1] = RowResult(error=overflow)
     (event,) = device.scheduler.commit(plan, results)
-    assert (event.request_id, event.finish_reason, event.error) == ("a", FinishReason.ERROR, "overflow")
+    assert (event.request_id, event.finish_reason, event.error) == ("a", FinishReason.ERROR, overflow)
     device.scheduler.check_integrity()
     assert list(device.drain()) == ["b"]

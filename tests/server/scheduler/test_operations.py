@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from prefix_store.errors import Conflict, InvalidRequest, Overloaded
+from prefix_store.errors import Conflict, InvalidRequest, Overloaded, PrefixNumerics
 from prefix_store.geometry import Stack
 from server.scheduler.limits import Limits
 from server.scheduler.messages import FinishReason, GenerationRequest, PrefixPayload
@@ -175,7 +175,7 @@ class Operations(RuleBasedStateMachine):
 
     def result(self, row, index: int, unlucky: set[int]) -> RowResult:
         if index in unlucky:
-            return RowResult(error="overflow") if index % 2 else self.sampled(row, EOS)
+            return RowResult(error=PrefixNumerics()) if index % 2 else self.sampled(row, EOS)
         return self.sampled(row, 7)
 
     def sampled(self, row, token: int) -> RowResult:

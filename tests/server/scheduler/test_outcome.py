@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from prefix_store.errors import PrefixNumerics
 from server.scheduler import outcome
 from server.scheduler.messages import FinishReason, TokenEvent, TokenLogprob
 from server.scheduler.plan import Row, RowResult
@@ -26,8 +27,9 @@ def test_a_token_is_taken_and_told(new, reason):
 
 def test_an_error_ends_the_sequence_with_its_text():
     sequence = make_sequence(prompt=4)
-    event, sampled = outcome.take(sequence, [Row(sequence, 0, 4)], [RowResult(error="overflow")])
-    assert (event, sampled) == (TokenEvent("r", finish_reason=FinishReason.ERROR, error="overflow"), 0)
+    overflow = PrefixNumerics()
+    event, sampled = outcome.take(sequence, [Row(sequence, 0, 4)], [RowResult(error=overflow)])
+    assert (event, sampled) == (TokenEvent("r", finish_reason=FinishReason.ERROR, error=overflow), 0)
     assert len(sequence.tokens) == 4
 
 

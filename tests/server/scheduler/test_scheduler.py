@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from prefix_store.errors import ContextLengthExceeded, Overloaded
+from prefix_store.errors import ContextLengthExceeded, Overloaded, PrefixNumerics
 from server.scheduler.messages import FinishReason, GenerationRequest, PrefixPayload, TokenEvent, TokenLogprob
 from server.scheduler.plan import Load, Move, RowResult, StepPlan
 from server.scheduler.sampling_params import SamplingParams
@@ -218,9 +218,10 @@ def test_a_failed_row_ends_alone():
     scheduler.add(request("a"), seed=0)
     scheduler.add(request("b"), seed=0)
     plan = scheduler.schedule()
-    events = scheduler.commit(plan, [RowResult(error="overflow"), RowResult(7)])
+    overflow = PrefixNumerics()
+    events = scheduler.commit(plan, [RowResult(error=overflow), RowResult(7)])
     assert [(e.request_id, e.finish_reason, e.error) for e in events] == [
-        ("a", FinishReason.ERROR, "overflow"),
+        ("a", FinishReason.ERROR, overflow),
         ("b", None, None),
     ]
     scheduler.check_integrity()
