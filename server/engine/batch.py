@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -37,6 +37,17 @@ class Sources:
     work: torch.Tensor
     cross: torch.Tensor
 
+    def on(self, device: torch.device, lists: torch.device) -> Sources:
+        """See `Batch.on`."""
+        return replace(
+            self,
+            token_ids=self.token_ids.to(device),
+            positions=self.positions.to(device),
+            slots=self.slots.to(device),
+            work=self.work.to(lists),
+            cross=self.cross.to(lists),
+        )
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -54,13 +65,24 @@ class Batch:
     selections: tuple[Selection, ...]
     sources: Sources | None = None
 
+    def on(self, device: torch.device, lists: torch.device) -> Batch:
+        """The same with its tensors on the model's device, and work and memories where the backend reads them."""
+        return replace(
+            self,
+            token_ids=self.token_ids.to(device),
+            positions=self.positions.to(device),
+            slots=self.slots.to(device),
+            work={window: lines.to(lists) for window, lines in self.work.items()},
+            memories=self.memories.to(lists) if self.memories is not None else None,
+            selected=self.selected.to(device),
+            sources=self.sources.on(device, lists) if self.sources is not None else None,
+        )
 
-def build(
-    plan: StepPlan, windows: Iterable[int], device: torch.device, lists: torch.device, *, relative: bool = False
-) -> Batch:
-    """Packs a plan. Rows that share a prefix become neighbours; `selections` stay in the plan's order.
 
-    `lists`: where work and memories shall lie. `relative`: the model's positions are relative, see `work_items`.
+def build(plan: StepPlan, windows: Iterable[int], *, relative: bool = False) -> Batch:
+    """Packs a plan, on the host. Rows that share a prefix become neighbours; `selections` stay in the plan's order.
+
+    `relative`: the model's positions are relative, see `work_items`.
     """
     packed = sorted(plan.rows, key=_prefix_start)
     token_ids: list[int] = []
@@ -74,18 +96,18 @@ def build(
         selected.extend(wanted)
         _pack(row, token_ids, positions, slots)
     return Batch(
-        token_ids=torch.tensor([token_ids], device=device),
-        positions=torch.tensor([positions], device=device),
-        slots=torch.tensor(slots, device=device),
-        work={window: _lines(work_items(packed, window or None, relative=relative), lists) for window in windows},
-        memories=_memories(packed, lists),
-        selected=torch.tensor(selected, dtype=torch.long, device=device),
+        token_ids=torch.tensor([token_ids]),
+        positions=torch.tensor([positions]),
+        slots=torch.tensor(slots),
+        work={window: _lines(work_items(packed, window or None, relative=relative)) for window in windows},
+        memories=_memories(packed),
+        selected=torch.tensor(selected, dtype=torch.long),
         selections=tuple(selections[id(row.sequence)] for row in plan.rows),
-        sources=_sources(packed, device, lists, relative) if packed[0].sequence.source is not None else None,
+        sources=_sources(packed, relative) if packed[0].sequence.source is not None else None,
     )
 
 
-def _sources(packed: Sequence[Row], device: torch.device, lists: torch.device, relative: bool) -> Sources:
+def _sources(packed: Sequence[Row], relative: bool) -> Sources:
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -101,12 +123,12 @@ def _sources(packed: Sequence[Row], device: torch.device, lists: torch.device, r
         positions.extend(range(source.size))
         slots.extend(range(source.start, source.end))
     return Sources(
-        token_ids=torch.tensor([token_ids], device=device),
-        positions=torch.tensor([positions], device=device),
-        slots=torch.tensor(slots, dtype=torch.long, device=device),
+        token_ids=torch.tensor([token_ids]),
+        positions=torch.tensor([positions]),
+        slots=torch.tensor(slots, dtype=torch.long),
         prompts=tuple(prompts),
-        work=_lines(encoder_items(beginning, relative=relative), lists),
-        cross=_lines(cross_items(packed), lists),
+        work=_lines(encoder_items(beginning, relative=relative)),
+        cross=_lines(cross_items(packed)),
     )
 
 
@@ -127,13 +149,13 @@ def _wanted(row: Row, first: int) -> list[int]:
     return [*wanted, first + row.count - 1] if row.samples else wanted
 
 
-def _lines(items: Sequence[WorkItem] | Sequence[MemoryItem], device: torch.device) -> torch.Tensor:
-    return torch.tensor([item.as_tuple() for item in items], device=device)
+def _lines(items: Sequence[WorkItem] | Sequence[MemoryItem]) -> torch.Tensor:
+    return torch.tensor([item.as_tuple() for item in items])
 
 
-def _memories(rows: Sequence[Row], device: torch.device) -> torch.Tensor | None:
+def _memories(rows: Sequence[Row]) -> torch.Tensor | None:
     items = memory_items(rows)
-    return _lines(items, device) if items else None
+    return _lines(items) if items else None
 
 
 def _prefix_start(row: Row) -> int:

@@ -91,8 +91,8 @@ class EncoderDecoderRunner(ModelRunner):
         _idle(model, self._nothing)
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> torch.Tensor:
-        """As `ModelRunner.run`; the sources of rows that begin are read, too."""
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """As `ModelRunner.forward`; the sources of rows that begin are read, too."""
         sources = batch.sources
         assert sources is not None
         step = StepContext(self._steps(batch, sources), self.backend, self.frozen.is_relative)

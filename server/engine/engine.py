@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from prefix_store.errors import ModelUnsupported
 from prefix_store.model.frozen import FrozenModel
 from server.distribution import SHORT_SECONDS, Distribution
 from server.engine import self_test
-from server.engine.attention import native, triton
+from server.engine.attention import ON_DEVICE, native, triton
 from server.engine.batch import build
 from server.engine.encoder_decoder import EncoderDecoderRunner
 from server.engine.kv_pool import KVPool, bytes_per_slot, memory_slots
 from server.engine.model_runner import ModelRunner
 from server.engine.sampler import sample
+from server.engine.step_graphs import CudaRecorder
 from server.scheduler.messages import TokenEvent
 from server.scheduler.plan import Load, RowResult, StepPlan
 from server.scheduler.scheduler import Limits, Scheduler
+
+_log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -45,6 +50,8 @@ class Engine:
         kind = EncoderDecoderRunner if frozen.is_encoder_decoder else ModelRunner
         self.runner = kind(frozen, self.pool, backend or default_backend(frozen), int8=int8)
         self_test.check(self.runner, truths)
+        if frozen.device.type == "cuda" and self.runner.backend in ON_DEVICE and not frozen.is_encoder_decoder:
+            self._record(truths)
         self.loads = Distribution(SHORT_SECONDS)  # bringing a prefix from host memory
 
     def step(self) -> list[TokenEvent]:
@@ -62,9 +69,17 @@ class Engine:
                 self.pool.apply(transfer)
         if not plan.rows:
             return []
-        runner, frozen = self.runner, self.frozen
-        batch = build(plan, runner.windows, frozen.device, runner.lists, relative=frozen.is_relative)
-        return sample(runner.run(batch), batch.selections)
+        batch = build(plan, self.runner.windows, relative=self.frozen.is_relative)
+        return sample(self.runner.run(batch), batch.selections)
+
+    def _record(self, truths: list[self_test.Truth]) -> None:
+        """Steps as graphs, if these pass the self-test too; what is not recorded is served all the same."""
+        try:
+            self.runner.record(CudaRecorder(), self.limits)
+            self_test.check(self.runner, truths)
+        except (RuntimeError, ModelUnsupported) as error:
+            _log.warning("steps run without CUDA graphs: %s", error)
+            self.runner.forget_graphs()
 
     def _load(self, load: Load) -> None:
         begun = time.perf_counter()

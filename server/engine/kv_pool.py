@@ -5,6 +5,8 @@ held in the model's dtype, as keys and values are.
 
 An encoder's layers have a pool of their own, of another shape, under the same slot numbers: what lies in a slot of the
 one says nothing of the other, but whoever holds the slot has both.
+
+The last slot is nobody's: there a step's padding writes what nobody reads.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class KVPool:
-    """Two tensors `[L, S, Hkv, D]`. A slot is one token's place; an extent is read as a view, never gathered.
+    """Two tensors `[L, S + 1, Hkv, D]`. A slot is one token's place; an extent is read as a view, never gathered.
 
     They are the decoder's: of its own attention and of its cross-attention. An encoder has two more.
     """
@@ -30,7 +32,8 @@ class KVPool:
         def pair(stack: Stack) -> Pair:
             layers, _, heads, size = geometry.kv_shape_of(stack)
             # The system hands out zeroed memory page by page as it is touched, so a large pool starts at once.
-            keys, values = (torch.zeros(layers, slots, heads, size, dtype=dtype, device=device) for _ in range(2))
+            shape = (layers, slots + 1, heads, size)
+            keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
             return keys, values
 
         self.keys, self.values = decoder = pair(Stack.SELF)
@@ -40,8 +43,8 @@ class KVPool:
 
     @property
     def slots(self) -> int:
-        """S: how many tokens have a place."""
-        return self.keys.shape[1]
+        """S: how many tokens have a place. It is the number of the slot that is nobody's, too."""
+        return self.keys.shape[1] - 1
 
     def of(self, stack: Stack) -> Pair:
         """Keys and values of all layers of a stack."""

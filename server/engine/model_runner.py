@@ -15,6 +15,8 @@ from server.engine.attention import StackStep, StepContext
 from server.engine.attention.work import prefill_item
 from server.engine.batch import Batch
 from server.engine.kv_pool import KVPool
+from server.engine.step_graphs import Recorder, StepGraphs
+from server.scheduler.limits import Limits
 from server.scheduler.slots import Extent
 
 
@@ -28,14 +30,39 @@ class ModelRunner:
         self.backend = backend
         self.lists = attention.lists_device(backend, frozen.device)
         self.windows = _windows(frozen.model)
+        self._graphs: StepGraphs | None = None
         bind(frozen.model)
         (linear.quantize if int8 else linear.pack)(frozen.model)
         for kind in (activation, gated, siblings, fused):
             kind.fuse(frozen.model)
 
-    @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
-        """Logits `[N, V]` of the batch's selected positions; the keys and values of its tokens go into the pool."""
+        """Logits `[N, V]` of the selected positions of a batch that lies on the host, to be read before the next run.
+
+        The keys and values of its tokens go into the pool.
+        """
+        logits = self._graphs.run(batch) if self._graphs is not None else None
+        return logits if logits is not None else self.forward(batch.on(self.frozen.device, self.lists))
+
+    def record(self, record: Recorder, limits: Limits) -> None:
+        """Has the steps that these limits allow recorded, and plays them from now on; see `StepGraphs`."""
+        self._graphs = StepGraphs(
+            self.forward,
+            record,
+            windows=self.windows,
+            spare_slot=self.pool.slots,
+            device=self.frozen.device,
+            most_tokens=limits.step_tokens,
+            most_rows=limits.rows,
+        )
+
+    def forget_graphs(self) -> None:
+        """Runs every step without them."""
+        self._graphs = None
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """As `run`, of a batch that lies on the device."""
         own = StackStep(*self.pool.of(Stack.SELF), batch.slots, batch.work, batch.memories)
         output = self.frozen.model(
             input_ids=batch.token_ids,

@@ -150,8 +150,7 @@ def _worst_difference(runner: ModelRunner, truths: list[Truth]) -> float:
         plan = scheduler.schedule()
         for transfer in plan.transfers:
             pool.apply(transfer)
-        frozen = runner.frozen
-        batch = build(plan, runner.windows, frozen.device, runner.lists, relative=frozen.is_relative)
+        batch = build(plan, runner.windows, relative=runner.frozen.is_relative)
         logits = runner.run(batch)
         results = []
         for selection in batch.selections:

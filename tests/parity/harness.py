@@ -66,7 +66,7 @@ class Recorder:
         for selection in batch.selections:
             if selection.row.samples:
                 last = selection.first + selection.count - 1
-                self.recorded[selection.row.sequence.request.id].append(logits[last].float().cpu())
+                self.recorded[selection.row.sequence.request.id].append(logits[last].float().cpu().clone())
         return logits
 
 

@@ -54,7 +54,7 @@ def test_a_memory_takes_as_many_slots_as_its_larger_half_of_heads_needs(heads, k
 def test_bytes_per_slot_is_what_the_pool_takes():
     geometry = tiny_frozen("qwen3").geometry
     pool = KVPool(geometry, 10, dtype=torch.bfloat16, device=torch.device("cpu"))
-    assert pool.keys.nbytes + pool.values.nbytes == 10 * bytes_per_slot(geometry, torch.bfloat16)
+    assert pool.keys.nbytes + pool.values.nbytes == (10 + 1) * bytes_per_slot(geometry, torch.bfloat16)
 
 
 def test_each_stack_of_a_prefix_goes_into_its_own_layers():
@@ -70,5 +70,5 @@ def test_each_stack_of_a_prefix_goes_into_its_own_layers():
         for index, numbers in enumerate(pool.of(stack)):
             assert torch.equal(numbers[:, first : first + 5].transpose(1, 2), kv[stack][:, index])
     assert pool.of(Stack.SELF)[0] is pool.of(Stack.CROSS)[0]
-    assert pool.of(Stack.ENCODER)[0].shape == (2, 30, 4, 12)
+    assert pool.of(Stack.ENCODER)[0].shape == (2, 31, 4, 12)
     assert not pool.of(Stack.ENCODER)[0][:, 8:].any()

@@ -9,6 +9,7 @@ import torch
 
 from prefix_store.errors import ContextLengthExceeded, GenerationFailed, Overloaded, PrefixNumerics
 from server.engine.engine import Engine
+from server.engine.kv_pool import bytes_per_slot
 from server.engine.loop import EngineLoop
 from server.scheduler.messages import FinishReason, GenerationRequest, PrefixPayload, TokenEvent
 from server.scheduler.sampling_params import SamplingParams
@@ -229,4 +230,4 @@ def test_whoever_waits_for_a_preload_when_the_loop_stops_is_told(engine):
 
 
 def _pool_bytes(engine: Engine) -> int:
-    return engine.pool.keys.nbytes + engine.pool.values.nbytes
+    return engine.limits.slots * bytes_per_slot(engine.frozen.geometry, engine.frozen.dtype)
