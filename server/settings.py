@@ -48,6 +48,7 @@ class Settings(BaseSettings):
         validate_default=False,
         description="the worker's own tuning methods; only their names count here, no file is opened",
     )
+    compile: bool = Field(default=False, description="on CUDA: torch.compile before steps are recorded")
     max_upload_mb: int = Field(default=256, ge=1, le=65536)
     max_waiting: int = Field(default=1024, ge=1)
     max_batch: int = Field(default=64, ge=1, le=4096, description="rows that run at the same time")

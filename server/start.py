@@ -167,12 +167,14 @@ def fitting(store: Store, frozen: FrozenModel) -> list[PrefixVersion]:
 
 
 def _start_engine(chosen: Settings, frozen: FrozenModel) -> Engine:
+    if chosen.compile and frozen.device.type != "cuda":
+        raise SystemExit(f"antefix: ANTEFIX_COMPILE=true is for CUDA, and the model is on {frozen.device.type}")
     _say("self-test: comparing the engine with the plain model …")
     slots = chosen.kv_slots or choose_slots(frozen, chosen.max_batch, _pool_budget(frozen.device))
     if slots < frozen.context_length:
         raise SystemExit(f"antefix: ANTEFIX_KV_SLOTS={slots} is less than the model's context, {frozen.context_length}")
     limits = Limits(slots, chosen.max_batch, chosen.step_tokens, frozen.context_length, chosen.max_waiting)
-    return Engine(frozen, limits, int8=chosen.dtype == INT8)
+    return Engine(frozen, limits, int8=chosen.dtype == INT8, compiled=chosen.compile)
 
 
 def _pool_budget(device: torch.device) -> int:

@@ -29,7 +29,8 @@ class Engine:
     """The scheduler and the device behind it. One thread runs steps; see `EngineLoop`.
 
     Takes the model over: its attention is bound to the pool, and its linear layers are rounded to 8-bit integers where
-    `int8` asks for it, after a self-test that raises ModelUnsupported.
+    `int8` asks for it, after a self-test that raises ModelUnsupported. On CUDA its steps are recorded as graphs, and
+    compiled before if asked for.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Engine:
         *,
         backend: str | None = None,
         int8: bool = False,
+        compiled: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.frozen = frozen
@@ -51,7 +53,7 @@ class Engine:
         self.runner = kind(frozen, self.pool, backend or default_backend(frozen), int8=int8)
         self_test.check(self.runner, truths)
         if frozen.device.type == "cuda" and self.runner.backend in ON_DEVICE and not frozen.is_encoder_decoder:
-            self._record(truths)
+            self._record(truths, compiled)
         self.loads = Distribution(SHORT_SECONDS)  # bringing a prefix from host memory
 
     def step(self) -> list[TokenEvent]:
@@ -72,14 +74,16 @@ class Engine:
         batch = build(plan, self.runner.windows, relative=self.frozen.is_relative)
         return sample(self.runner.run(batch), batch.selections)
 
-    def _record(self, truths: list[self_test.Truth]) -> None:
+    def _record(self, truths: list[self_test.Truth], compiled: bool) -> None:
         """Steps as graphs, if these pass the self-test too; what is not recorded is served all the same."""
         try:
+            if compiled:
+                self.runner.compile()
             self.runner.record(CudaRecorder(), self.limits)
             self_test.check(self.runner, truths)
         except (RuntimeError, ModelUnsupported) as error:
             _log.warning("steps run without CUDA graphs: %s", error)
-            self.runner.forget_graphs()
+            self.runner.run_eagerly()
 
     def _load(self, load: Load) -> None:
         begun = time.perf_counter()

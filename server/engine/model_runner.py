@@ -56,9 +56,18 @@ class ModelRunner:
             most_rows=limits.rows,
         )
 
-    def forget_graphs(self) -> None:
-        """Runs every step without them."""
+    def compile(self, backend: str = "inductor") -> None:
+        """Has torch compile the model at its next step, as one graph that serves steps of all sizes but a single token.
+
+        Attention stays one operator. A model that is more than one graph raises what torch raises.
+        """
+        model: Any = self.frozen.model
+        model.forward = torch.compile(model.forward, fullgraph=True, dynamic=True, backend=backend)
+
+    def run_eagerly(self) -> None:
+        """Undoes `record` and `compile`."""
         self._graphs = None
+        vars(self.frozen.model).pop("forward", None)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:

@@ -72,6 +72,11 @@ def test_int8_where_it_is_not_to_be_had_is_one_line(monkeypatch: pytest.MonkeyPa
         start._start_engine(chosen, start._load_model(chosen))
 
 
+def test_compiling_a_model_on_a_cpu_is_one_line(frozen: FrozenModel) -> None:
+    with pytest.raises(SystemExit, match="ANTEFIX_COMPILE=true is for CUDA, and the model is on cpu"):
+        start._start_engine(Settings(compile=True), frozen)
+
+
 def test_a_chat_template_is_the_text_of_a_file(frozen: FrozenModel, tmp_path: Path) -> None:
     path = tmp_path / "chat.jinja"
     assert start.chat_template(Settings(), frozen) is None

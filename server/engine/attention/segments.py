@@ -47,7 +47,7 @@ def attend(
 
     `work` `[n, 8]`: the items, as integers.
     """
-    output = torch.empty_like(query)
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
     # Rows without a prefix keep zeros and minus infinity here, so that merging leaves them as they are.
     prefix_output, prefix_lse = torch.zeros_like(query), torch.full_like(lse, -torch.inf)
