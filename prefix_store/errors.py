@@ -31,6 +31,7 @@ AntefixError
 ├── Loading                      this server is not ready yet
 └── GenerationFailed             the engine could not finish a request
     ├── PrefixNumerics           the prefix or the prompt makes this model's logits overflow
+    ├── OutOfMemory              there is no memory for it now, not even for it alone
     └── ShuttingDown             this server takes no more requests; another one, or a later one, does
 """
 
@@ -238,6 +239,20 @@ class PrefixNumerics(GenerationFailed):
     def __init__(
         self,
         message: str = "the prefix or the prompt makes this model's logits overflow",
+        *,
+        param: str | None = None,
+    ) -> None:
+        super().__init__(message, param=param)
+
+
+class OutOfMemory(GenerationFailed):
+    """There is no memory for the request now, not even for it alone; another server, or this one later, may have it."""
+
+    code = "out_of_memory"
+
+    def __init__(
+        self,
+        message: str = "the server has no memory for this request now; try again later",
         *,
         param: str | None = None,
     ) -> None:

@@ -27,6 +27,7 @@ COUNTERS = {
     "prompt_tokens": ("prompt_tokens", "Prompt tokens computed"),
     "generation_tokens": ("generated_tokens", "Tokens generated"),
     "engine_steps": ("steps", "Steps of the engine"),
+    "out_of_memory": ("shortages", "Times that memory ran out: in a step, which then went on in pieces, or in a load"),
     "num_preemptions": ("preemptions", "Sequences sent back to the queue, for want of slots or for another tenant"),
 }
 HISTOGRAMS = {

@@ -20,18 +20,17 @@ from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import PrefixVersion
 from prefix_store.store import Store
 from prefix_store.tenants import DEFAULT_TENANT
-from server import running, welcome
+from server import running, sizing, welcome
 from server.api.drain import Drain
 from server.app import create_app
-from server.engine.engine import Engine, choose_slots
+from server.engine.engine import Engine
 from server.engine.loop import EngineLoop
 from server.engine.prefix_loader import PrefixLoader
 from server.scheduler.scheduler import Limits
 from server.settings import Settings
 
 BUNDLED_PREFIXES = models.BUNDLED.parent / "prefixes"
-# Shares of memory. On a GPU the weights are already there and activations need the rest.
-CPU_POOL_SHARE, GPU_POOL_SHARE, LOADED_PREFIXES_SHARE = 0.25, 0.85, 0.125
+LOADED_PREFIXES_SHARE = 0.125  # of the machine's memory
 # Only the linear layers are int8; what lies between them, and the keys and values, are this.
 INT8, AROUND_INT8 = "int8", "bfloat16"
 # Prefixes whose headers are read at the start to find some that fit.
@@ -81,7 +80,7 @@ def _prepare(
         seed(store, BUNDLED_PREFIXES)
     engine = _start_engine(chosen, frozen)
     loop = EngineLoop(engine)
-    loader = PrefixLoader(store.prefixes, frozen, int(LOADED_PREFIXES_SHARE * _host_memory()))
+    loader = PrefixLoader(store.prefixes, frozen, int(LOADED_PREFIXES_SHARE * sizing.host_memory()))
     app = create_app(
         store,
         frozen,
@@ -170,26 +169,8 @@ def _start_engine(chosen: Settings, frozen: FrozenModel) -> Engine:
     if chosen.compile and frozen.device.type != "cuda":
         raise SystemExit(f"antefix: ANTEFIX_COMPILE=true is for CUDA, and the model is on {frozen.device.type}")
     _say("self-test: comparing the engine with the plain model …")
-    slots = chosen.kv_slots or choose_slots(frozen, chosen.max_batch, _pool_budget(frozen.device))
-    if slots < frozen.context_length:
-        raise SystemExit(f"antefix: ANTEFIX_KV_SLOTS={slots} is less than the model's context, {frozen.context_length}")
-    limits = Limits(slots, chosen.max_batch, chosen.step_tokens, frozen.context_length, chosen.max_waiting)
-    return Engine(frozen, limits, int8=chosen.dtype == INT8, compiled=chosen.compile)
-
-
-def _pool_budget(device: torch.device) -> int:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(GPU_POOL_SHARE * free)
-    return int(CPU_POOL_SHARE * _host_memory())
-
-
-def _host_memory() -> int:
-    """Bytes of this machine, or of the container if it has less."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return min(machine, int(text)) if text.isdigit() else machine
+    limits = Limits(chosen.kv_slots, chosen.max_batch, chosen.step_tokens, frozen.context_length, chosen.max_waiting)
+    return sizing.start(frozen, limits, int8=chosen.dtype == INT8, compiled=chosen.compile, say=_say)
 
 
 def _say(text: str) -> None:

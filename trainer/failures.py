@@ -6,7 +6,7 @@ import traceback
 
 from prefix_store.errors import AntefixError
 from prefix_store.jobs import JobError
-from trainer import memory
+from prefix_store.model import shortage
 from trainer.job_run import NoImprovement
 
 FAILURES: dict[type[Exception], str] = {FloatingPointError: "training_diverged", NoImprovement: "no_improvement"}
@@ -17,7 +17,7 @@ def explain(error: Exception) -> JobError:
     """A failure as its job records it; what nobody foresaw is also printed in full."""
     if isinstance(error, AntefixError):
         return JobError(error.code, error.message)
-    if memory.ran_out(error):
+    if shortage.ran_out(error):
         return JobError("out_of_memory", f"{OUT_OF_MEMORY} ({str(error)[:300] or type(error).__name__})")
     for kind, code in FAILURES.items():
         if isinstance(error, kind):

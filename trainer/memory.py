@@ -19,7 +19,6 @@ HIDDEN, HEADS, KV, FORWARD, SCORES = 8, 3, 6, 4, 4
 LOGITS = 4  # for each token and word of the vocabulary
 STATE = 6  # a prefix, its gradient, two moments, its best, and one on its way
 BYTES = 4  # float32
-CPU_ALLOCATOR = "DefaultCPUAllocator"  # what torch's RuntimeError names when a CPU has no more
 
 
 def of_step(frozen: FrozenModel, examples: Sequence[Example], rows: int, virtual_tokens: int) -> int:
@@ -53,13 +52,6 @@ def free(device: torch.device) -> int:
     if device.type == "cuda":
         return int(SHARE * torch.cuda.mem_get_info(device)[0])
     return int(SHARE * min(_available(), _allowed()))
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether there was no more memory."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error)
-    )
 
 
 def _width(frozen: FrozenModel) -> int:

@@ -11,6 +11,7 @@ from functools import partial
 
 from prefix_store.errors import LeaseLost, StoreUnavailable
 from prefix_store.jobs import JobError, JobStatus, TrainingJob
+from prefix_store.model import shortage
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.store import Store
 from trainer import memory, training_model
@@ -56,8 +57,7 @@ class Worker:
         on_end: Callable[[str], None] = lambda status: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.name = name
-        self._store = store
+        self.name, self._store = name, store
         self._frozen = training_model.attach(frozen)
         self._methods = methods
         self._budget = memory.free(frozen.device) if memory_bytes is None else memory_bytes
@@ -142,7 +142,7 @@ class Worker:
 
     def _apart(self, error: Exception) -> None:
         """Those that could not share a step for want of memory will not try again: the newest makes way."""
-        if memory.ran_out(error):
+        if shortage.ran_out(error):
             self._room = min(self._room, self._used - 1)
 
     def _admit(self) -> None:

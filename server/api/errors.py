@@ -38,6 +38,7 @@ TABLE: dict[type[AntefixError], tuple[int, str]] = {
     errors.Loading: (503, SERVER),
     errors.GenerationFailed: (500, SERVER),
     errors.PrefixNumerics: (422, INVALID),
+    errors.OutOfMemory: (503, SERVER),
     errors.ShuttingDown: (503, SERVER),
 }
 HEADERS = {

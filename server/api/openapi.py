@@ -24,7 +24,7 @@ DESCRIPTIONS = {
     **{413: "The body is larger than this route takes"},
     **{422: "An Idempotency-Key of another request, or a prefix whose logits overflow"},
     **{429: "Too much in this minute, or at once; see Retry-After", 500: "The server failed"},
-    503: "The store is away, or the server stops; see Retry-After",
+    503: "The store is away, the server stops, or has no memory now; see Retry-After",
 }
 UPLOAD = {
     "required": ["id", "file"],

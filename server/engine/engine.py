@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
-from prefix_store.errors import ModelUnsupported
+from prefix_store.errors import ModelUnsupported, OutOfMemory
+from prefix_store.model import shortage
 from prefix_store.model.frozen import FrozenModel
 from server.distribution import SHORT_SECONDS, Distribution
-from server.engine import self_test
+from server.engine import device_memory, self_test
 from server.engine.attention import ON_DEVICE, native, triton
 from server.engine.batch import build
 from server.engine.encoder_decoder import EncoderDecoderRunner
 from server.engine.kv_pool import KVPool, bytes_per_slot, memory_slots
 from server.engine.model_runner import ModelRunner
+from server.engine.room import Room
 from server.engine.sampler import sample
 from server.engine.step_graphs import CudaRecorder
 from server.scheduler.messages import TokenEvent
-from server.scheduler.plan import Load, RowResult, StepPlan
+from server.scheduler.plan import Load, Row, RowResult, StepDone, StepPlan
 from server.scheduler.scheduler import Limits, Scheduler
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
@@ -29,8 +34,9 @@ class Engine:
     """The scheduler and the device behind it. One thread runs steps; see `EngineLoop`.
 
     Takes the model over: its attention is bound to the pool, and its linear layers are rounded to 8-bit integers where
-    `int8` asks for it, after a self-test that raises ModelUnsupported. On CUDA its steps are recorded as graphs, and
-    compiled before if asked for.
+    `int8` asks for it, after a self-test that raises ModelUnsupported.
+
+    `shortages` counts the times that memory ran out.
     """
 
     def __init__(
@@ -40,58 +46,135 @@ class Engine:
         *,
         backend: str | None = None,
         int8: bool = False,
-        compiled: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.frozen = frozen
         memory, source = memory_slots(frozen.geometry), source_slots(frozen)
         self.limits = replace(limits, memory_slots=memory, source_slots=source)
         self.scheduler = Scheduler(self.limits, frozen.end_ids, clock)
-        self.pool = KVPool(frozen.geometry, limits.slots, dtype=frozen.dtype, device=frozen.device)
-        truths = self_test.plain_truths(frozen)
+        self.pool = self._pool(limits.slots)
+        self._truths = self_test.plain_truths(frozen)
         kind = EncoderDecoderRunner if frozen.is_encoder_decoder else ModelRunner
         self.runner = kind(frozen, self.pool, backend or default_backend(frozen), int8=int8)
-        self_test.check(self.runner, truths)
-        if frozen.device.type == "cuda" and self.runner.backend in ON_DEVICE and not frozen.is_encoder_decoder:
-            self._record(truths, compiled)
+        self_test.check(self.runner, self._truths)
         self.loads = Distribution(SHORT_SECONDS)  # bringing a prefix from host memory
+        self.shortages = 0
+        self._room = Room(limits.step_tokens + source)
+        self._memory = device_memory.of(frozen.device)
+        self._clock = clock
+
+    def resize(self, slots: int) -> None:
+        """Has a pool of so many slots instead, with nothing in it and no steps recorded. Nothing may be in flight."""
+        assert not [*self.scheduler.running, *self.scheduler.waiting], "somebody is in flight"
+        self.runner.run_eagerly()
+        self.limits = replace(self.limits, slots=slots)
+        self.scheduler = Scheduler(self.limits, self.frozen.end_ids, self._clock)
+        self.pool = self.runner.pool = self._pool(0)  # there may not be room for the old one beside the new one
+        self._release()
+        self.pool = self.runner.pool = self._pool(slots)
+
+    def record(self, *, compiled: bool = False) -> None:
+        """On CUDA, has steps over this pool recorded as graphs, and the model compiled before if asked for.
+
+        Steps are as they were if the graphs do not pass the self-test too, or cannot be had.
+        """
+        frozen = self.frozen
+        if frozen.device.type != "cuda" or self.runner.backend not in ON_DEVICE or frozen.is_encoder_decoder:
+            return
+        try:
+            if compiled:
+                self.runner.compile()
+            self.runner.record(CudaRecorder(), self.limits)
+            self_test.check(self.runner, self._truths)
+        except (RuntimeError, ModelUnsupported) as error:
+            _log.warning("steps run without CUDA graphs: %s", error)
+            self.runner.run_eagerly()
 
     def step(self) -> list[TokenEvent]:
         """One whole step; no events when there was nothing to run."""
         expired = self.scheduler.expire()
         plan = self.scheduler.schedule()
-        return expired + self.scheduler.commit(plan, self.run(plan))
+        return expired + self.commit(self.run(plan))
 
-    def run(self, plan: StepPlan) -> list[RowResult]:
-        """Carries out a plan on the device; one result for each of its rows."""
+    def run(self, plan: StepPlan) -> StepDone:
+        """Carries a plan out on the device, as far as there is memory.
+
+        Where it runs out, a prefix is not brought, and rows are computed fewer at a time; a chunk that is too long even
+        alone is cut short. Only a row for which there is no memory alone, and with a single token, gets an error.
+        Nothing is lost by beginning anew: what a row writes into the pool, it writes once more.
+        """
+        lost = []
         for transfer in plan.transfers:
-            if isinstance(transfer, Load):
-                self._load(transfer)
-            else:
+            if not isinstance(transfer, Load):
                 self.pool.apply(transfer)
-        if not plan.rows:
-            return []
-        batch = build(plan, self.runner.windows, relative=self.frozen.is_relative)
+            elif not self._load(transfer):
+                lost.append(transfer)
+        rows = deque(row for row in plan.rows if not any(load.is_read_by(row.sequence) for load in lost))
+        done: list[tuple[Row, RowResult]] = []
+        while rows:
+            done += self._next(rows)
+        carried = StepPlan(plan.transfers, tuple(row for row, _ in done))
+        return StepDone(carried, [result for _, result in done], tuple(lost))
+
+    def commit(self, done: StepDone) -> list[TokenEvent]:
+        """Applies what came of a plan."""
+        lost = [event for load in done.lost for event in self.scheduler.lose(load)]
+        return lost + self.scheduler.commit(done.plan, done.results)
+
+    def compute(self, rows: Sequence[Row]) -> list[RowResult]:
+        """Puts rows through the model together; one result for each. Raises what torch raises where memory runs out."""
+        batch = build(StepPlan((), tuple(rows)), self.runner.windows, relative=self.frozen.is_relative)
         return sample(self.runner.run(batch), batch.selections)
 
-    def _record(self, truths: list[self_test.Truth], compiled: bool) -> None:
-        """Steps as graphs, if these pass the self-test too; what is not recorded is served all the same."""
-        try:
-            if compiled:
-                self.runner.compile()
-            self.runner.record(CudaRecorder(), self.limits)
-            self_test.check(self.runner, truths)
-        except (RuntimeError, ModelUnsupported) as error:
-            _log.warning("steps run without CUDA graphs: %s", error)
-            self.runner.run_eagerly()
+    def _next(self, rows: deque[Row]) -> Iterable[tuple[Row, RowResult]]:
+        """Computes the first of `rows`, as many as there is room for, and takes them away; none if there was not."""
+        piece = self._room.take(rows)
+        results = self._attempt(lambda: self.compute(piece))
+        if results is not None:
+            self._room.note_fit()
+            return zip(piece, results, strict=True)
+        if len(piece) == 1 and piece[0].count == 1:
+            _log.warning("out of memory for a single row, which fails")
+            return [(piece[0], RowResult(error=OutOfMemory()))]
+        self._room.note_shortage(piece)
+        _log.warning("out of memory in a step: at most %d tokens at a time now", self._room.tokens)
+        rows.extendleft(reversed(piece))
+        return []
 
-    def _load(self, load: Load) -> None:
+    def _load(self, load: Load) -> bool:
+        """Brings a prefix; False if there is no memory for that, not even with nothing kept for later."""
         begun = time.perf_counter()
+        if not self._attempt(lambda: self._bring(load)) and not self._attempt(lambda: self._bring(load)):
+            _log.warning("out of memory for bringing a prefix of %d slots: its requests fail", load.extent.size)
+            return False
+        self.loads.add(time.perf_counter() - begun)
+        return True
+
+    def _bring(self, load: Load) -> bool:
         if load.payload.is_embeds:
             self.runner.prefill(load.payload.tensor, load.extent)
         else:
             self.pool.apply(load)
-        self.loads.add(time.perf_counter() - begun)
+        return True
+
+    def _attempt(self, work: Callable[[], T]) -> T | None:
+        """What comes of some work; None where memory ran out."""
+        try:
+            return work()
+        except Exception as error:
+            if not shortage.ran_out(error):
+                raise
+        # only now is the error gone, and with it what the calls below had made
+        self.shortages += 1
+        self._release()
+        return None
+
+    def _release(self) -> None:
+        if self._memory is not None:
+            self._memory.release()
+
+    def _pool(self, slots: int) -> KVPool:
+        return KVPool(self.frozen.geometry, slots, dtype=self.frozen.dtype, device=self.frozen.device)
 
 
 def default_backend(frozen: FrozenModel) -> str:
@@ -111,8 +194,12 @@ def choose_slots(frozen: FrozenModel, rows: int, budget_bytes: int) -> int:
     """
     wanted = 2 * rows * (frozen.context_length + source_slots(frozen))
     affordable = budget_bytes // bytes_per_slot(frozen.geometry, frozen.dtype)
-    least = frozen.context_length + memory_slots(frozen.geometry) + source_slots(frozen)
-    return max(least, min(wanted, affordable))
+    return max(least_slots(frozen), min(wanted, affordable))
+
+
+def least_slots(frozen: FrozenModel) -> int:
+    """KV slots for one context beside a memory."""
+    return frozen.context_length + memory_slots(frozen.geometry) + source_slots(frozen)
 
 
 def source_slots(frozen: FrozenModel) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from prefix_store.errors import GenerationFailed, ShuttingDown
+from prefix_store.errors import GenerationFailed, OutOfMemory, ShuttingDown
 from server.distribution import Reading
 from server.engine.engine import Engine
 from server.engine.kv_pool import bytes_per_slot
@@ -20,6 +20,7 @@ from server.scheduler.messages import FinishReason, GenerationRequest, PrefixPay
 from server.scheduler.plan import StepPlan
 
 EventSink = Callable[[TokenEvent], None]
+Preloading = tuple[str, Future[None]]  # a digest, and who waits for it
 NONE = Reading((), (0,), 0.0)
 FAILED = "the engine failed; the server must be restarted"
 _log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class EngineStats:
     prefix_misses: int
     prefix_evictions: int
     preemptions: int
+    shortages: int
     running_of: Mapping[str, int] = field(default_factory=dict)
     waiting_of: Mapping[str, int] = field(default_factory=dict)
     step_rows: Reading = NONE
@@ -74,7 +76,7 @@ class EngineLoop:
         self._changed = threading.Condition()
         self._sinks: dict[str, EventSink] = {}
         self._aborted: list[str] = []
-        self._preloading: list[Future[None]] = []
+        self._preloading: list[Preloading] = []
         self._stopping = False
         self._meter = StepMeter()
         self._slot_bytes = bytes_per_slot(engine.frozen.geometry, engine.frozen.dtype)
@@ -123,15 +125,16 @@ class EngineLoop:
     def preload(self, payload: PrefixPayload, holder: Hashable) -> Future[None]:
         """Keeps a prefix on the device for a holder until `release`; the future is done when it is there.
 
-        Raises what `Preloads.add` raises, ShuttingDown, and through the future GenerationFailed.
+        Raises what `Preloads.add` raises, ShuttingDown, and through the future GenerationFailed or OutOfMemory.
         """
         with self._changed:
             if self._stopping:
                 raise ShuttingDown()
             self._scheduler.space.preload(payload, holder)
-            self._preloading.append(Future())
+            there: Future[None] = Future()
+            self._preloading.append((payload.digest, there))
             self._changed.notify()
-            return self._preloading[-1]
+            return there
 
     def release(self, digest: str, holder: Hashable) -> None:
         """Ends a holder's preload, whether or not there is one."""
@@ -167,6 +170,7 @@ class EngineLoop:
                 prefix_misses=residency.misses,
                 prefix_evictions=residency.evictions,
                 preemptions=scheduler.preemptions,
+                shortages=self._engine.shortages,
                 running_of=Counter(sequence.request.tenant for sequence in scheduler.running),
                 waiting_of={line.tenant: len(line) for line in scheduler.waiting.lines},
                 step_rows=meter.rows.read(),
@@ -225,9 +229,9 @@ class EngineLoop:
         self._aborted.clear()
         return [event for event in aborted if event is not None] + self._scheduler.expire()
 
-    def _step(self, plan: StepPlan, preloading: list[Future[None]], begun: float) -> list[TokenEvent]:
+    def _step(self, plan: StepPlan, preloading: list[Preloading], begun: float) -> list[TokenEvent]:
         try:
-            results = self._engine.run(plan)
+            done = self._engine.run(plan)
         except Exception as error:
             # Whatever it was, these rows cannot go on: their keys and values may be half written.
             _log.exception("a step failed")
@@ -235,10 +239,12 @@ class EngineLoop:
             _settle(preloading, GenerationFailed(failed))
             with self._changed:
                 return self._scheduler.fail_running(failed)
-        _settle(preloading)
+        lost = {load.payload.digest for load in done.lost}
+        _settle([one for one in preloading if one[0] in lost], OutOfMemory())
+        _settle([one for one in preloading if one[0] not in lost])
         with self._changed:
-            self._meter.count(plan, begun, time.perf_counter())
-            return self._scheduler.commit(plan, results)
+            self._meter.count(done.plan, begun, time.perf_counter())
+            return self._engine.commit(done)
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         for event in events:
@@ -253,9 +259,9 @@ class EngineLoop:
                 _log.exception("an event could not be delivered")
 
 
-def _settle(preloading: list[Future[None]], error: Exception | None = None) -> None:
+def _settle(preloading: list[Preloading], error: Exception | None = None) -> None:
     """Tells those that still wait."""
-    for future in preloading:
+    for _, future in preloading:
         if not future.set_running_or_notify_cancel():
             continue
         if error is None:

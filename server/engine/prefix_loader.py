@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from prefix_store.errors import PrefixMismatch
+from prefix_store.errors import OutOfMemory, PrefixMismatch
 from prefix_store.geometry import Stack
+from prefix_store.model import shortage
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import Method, PrefixManifest, PrefixVersion, Window
 from prefix_store.store import PrefixStore
@@ -68,7 +69,7 @@ class PrefixLoader:
         self._loads = Distribution(SHORT_SECONDS)
 
     def load(self, version: PrefixVersion) -> LoadedPrefix:
-        """Blocks while reading. Raises PrefixMismatch or StoreCorrupt."""
+        """Blocks while reading. Raises PrefixMismatch, StoreCorrupt, or OutOfMemory where the host has no more."""
         with self._lock:
             future = self._loaded.get(version.digest)
             if owner := future is None:
@@ -110,7 +111,8 @@ class PrefixLoader:
         begun = time.perf_counter()
         try:
             loaded = self._read(version)
-        except BaseException as error:
+        except BaseException as caught:
+            error = OutOfMemory() if shortage.ran_out(caught) else caught
             with self._lock:
                 self._loaded.pop(version.digest, None)  # the next caller tries again
             future.set_exception(error)

@@ -11,7 +11,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from prefix_store.errors import ModelUnsupported
 from prefix_store.geometry import Stack
-from prefix_store.model import sites
+from prefix_store.model import shortage, sites
 from prefix_store.model.frozen import FrozenModel
 from server.engine.batch import Selection, build
 from server.engine.kv_pool import KVPool
@@ -129,6 +129,8 @@ def check(runner: ModelRunner, truths: list[Truth]) -> None:
     except ModelUnsupported as error:
         raise ModelUnsupported(f"{family}: {error.message}") from error
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        if shortage.ran_out(error):
+            raise
         raise ModelUnsupported(
             f"{family}: the model does not run through transformers' attention interface as needed: "
             f"{type(error).__name__}: {str(error)[:200]}"

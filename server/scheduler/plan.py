@@ -17,6 +17,11 @@ class Load:
     payload: PrefixPayload
     extent: Extent
 
+    def is_read_by(self, sequence: Sequence) -> bool:
+        """Whether a sequence reads that prefix there."""
+        resident = sequence.resident
+        return resident is not None and (resident.payload.digest, resident.extent) == (self.payload.digest, self.extent)
+
 
 @dataclass(frozen=True)
 class Move:
@@ -87,3 +92,15 @@ class RowResult:
     scored: list[TokenLogprob] = field(default_factory=list)
     error: GenerationFailed | None = None
     candidates: tuple[Candidate, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """What came of a plan. `plan` is what of it was carried out: rows may have been left out or cut short.
+
+    `results` are those of its rows. What is `lost` there was no memory to bring, and whoever reads it was left out.
+    """
+
+    plan: StepPlan
+    results: list[RowResult]
+    lost: tuple[Load, ...] = ()

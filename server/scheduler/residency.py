@@ -111,6 +111,14 @@ class Residency:
         if resident is not None and self.is_idle(resident):
             self._give_back(resident)
 
+    def lose(self, digest: str, extent: Extent) -> None:
+        """Forgets a prefix that never came into its extent, kept or not; nobody may read it any more."""
+        resident = self._residents.get(digest)
+        if resident is not None and resident.extent == extent:
+            assert resident.pins == 0, "a pinned prefix cannot be lost"
+            self._slots.release(extent)
+            del self._residents[digest]
+
     def clear(self) -> None:
         """Forgets every prefix; none may be pinned."""
         assert not any(resident.pins for resident in self._residents.values()), "a pinned prefix cannot be forgotten"

@@ -22,13 +22,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
-from prefix_store.errors import GenerationFailed, Overloaded
+from prefix_store.errors import GenerationFailed, OutOfMemory, Overloaded
 from server.scheduler import backlog, beams, fairness, outcome
 from server.scheduler.limits import Limits, check_fits
 from server.scheduler.messages import FinishReason, GenerationRequest, TokenEvent
 from server.scheduler.pace import Pace
 from server.scheduler.phases import Phases
-from server.scheduler.plan import Row, RowResult, StepPlan
+from server.scheduler.plan import Load, Row, RowResult, StepPlan
 from server.scheduler.sequence import Sequence
 from server.scheduler.service import GENERATED_WEIGHT, Service
 from server.scheduler.space import Space
@@ -82,11 +82,7 @@ class Scheduler:
     def expire(self) -> list[TokenEvent]:
         """Ends what is past its deadline."""
         now = self._clock()
-        late = [
-            sequence
-            for sequence in self._sequences.values()
-            if sequence.request.deadline is not None and sequence.request.deadline <= now
-        ]
+        late = [sequence for sequence in self._sequences.values() if sequence.is_late(now)]
         return [self._finish(sequence, FinishReason.TIMEOUT) for sequence in late]
 
     def schedule(self) -> StepPlan:
@@ -107,7 +103,7 @@ class Scheduler:
         return StepPlan(self.space.take_transfers(), tuple(rows))
 
     def commit(self, plan: StepPlan, results: Iterable[RowResult]) -> list[TokenEvent]:
-        """Applies what the rows of a plan produced, in the plan's order."""
+        """Applies what the rows of a plan produced, in the plan's order; they may be fewer and shorter than planned."""
         if plan.rows and not plan.transfers:
             self._step_cost.note(*backlog.done(plan.rows), self._clock() - self._planned_at)
         events = [self._commit_rows(*found) for found in outcome.by_sequence(plan.rows, results)]
@@ -118,6 +114,13 @@ class Scheduler:
         events = [self._finish(sequence, FinishReason.ERROR, GenerationFailed(why)) for sequence in list(self.running)]
         self.residency.clear()
         self.space.preloads.miss_none()  # it may be one of them that broke the step
+        return events
+
+    def lose(self, load: Load) -> list[TokenEvent]:
+        """Ends whoever reads a prefix that there was no memory to bring, and forgets that it was to be there."""
+        readers = [sequence for sequence in self.running if load.is_read_by(sequence)]
+        events = [self._finish(sequence, FinishReason.ERROR, OutOfMemory()) for sequence in readers]
+        self.residency.lose(load.payload.digest, load.extent)
         return events
 
     def end_all(self) -> list[TokenEvent]:

@@ -141,6 +141,10 @@ class Sequence:
         self._counted = len(self.tokens)
         return self._occurrences
 
+    def is_late(self, now: float) -> bool:
+        """Whether it is past its deadline."""
+        return self.request.deadline is not None and self.request.deadline <= now
+
     def forget(self) -> None:
         """Its slots are gone: the tokens are to be computed again."""
         self.computed = 0

@@ -162,7 +162,9 @@ def test_an_engine_whose_steps_cannot_be_recorded_serves_without(
     again = make_engine(served, listed.NAME, **LIMITS)
     again.runner = again.runner._runner
     again.runner.record(recording.record, again.limits)
-    again._record([], compiled=True)
+    monkeypatch.setattr(type(served), "device", torch.device("cuda"))
+    again.record(compiled=True)
+    monkeypatch.undo()
     assert mixed(again, served) == right
     assert played == []
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from prefix_store.errors import GenerationFailed, Overloaded, PrefixNumerics
+from prefix_store.errors import GenerationFailed, OutOfMemory, Overloaded, PrefixNumerics
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.model.prompt import encode
 from prefix_store.store import Store
@@ -359,6 +359,16 @@ def test_logits_that_overflow_have_a_code_of_their_own(client: TestClient, loop:
     loop.failure = PrefixNumerics()
     reply = client.post("/generate", json={"prompt": "x"})
     assert (reply.status_code, reply.json()["error"]["code"]) == (422, "prefix_numerics")
+    assert events(client, prompt="x")[-1] == reply.json()
+
+
+def test_a_server_without_memory_for_a_request_says_that_it_may_be_asked_again(
+    client: TestClient, loop: FakeLoop
+) -> None:
+    loop.failure = OutOfMemory()
+    reply = client.post("/generate", json={"prompt": "x"})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "out_of_memory")
+    assert int(reply.headers["retry-after"]) >= 1
     assert events(client, prompt="x")[-1] == reply.json()
 
 

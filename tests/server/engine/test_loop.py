@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from prefix_store.errors import ContextLengthExceeded, GenerationFailed, Overloaded, PrefixNumerics
+from prefix_store.errors import ContextLengthExceeded, GenerationFailed, OutOfMemory, Overloaded, PrefixNumerics
 from server.engine.engine import Engine
 from server.engine.kv_pool import bytes_per_slot
 from server.engine.loop import EngineLoop
@@ -213,6 +213,48 @@ def test_a_preload_that_fails_says_so_and_the_engine_goes_on(loop, engine, monke
     assert "a step failed" in caplog.text
     assert collect(submit(loop, request("fine")))[1].finish_reason is FinishReason.LENGTH
     loop.release("lost", "me")
+
+
+def test_a_preload_that_there_is_no_memory_for_says_so_and_costs_nobody_else_anything(loop, engine, monkeypatch):
+    lost, there = (PrefixPayload(name, 4, 4, True, random_kv(engine.frozen, 4)) for name in ("lost", "there"))
+    expected, _ = collect(submit(loop, request("alone", prefix=lost)))
+    loop.preload(lost, "somebody").result(timeout=20)
+    loop.release("lost", "somebody")
+    apply, before = engine.pool.apply, loop.stats().shortages
+
+    def short(transfer) -> None:
+        if transfer.payload.digest == "lost":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        apply(transfer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.pool, "apply", short)
+        running = submit(loop, request("running", new=100))
+        waiting = [loop.preload(payload, "me") for payload in (lost, there)]
+        with pytest.raises(OutOfMemory):
+            waiting[0].result(timeout=20)
+        waiting[1].result(timeout=20)
+        assert isinstance(collect(submit(loop, request("reader", prefix=lost)))[1].error, OutOfMemory)
+    assert collect(running)[1].finish_reason is FinishReason.LENGTH
+    assert loop.stats().shortages == before + 4
+    assert collect(submit(loop, request("again", prefix=lost)))[0] == expected
+    for payload in (lost, there):
+        loop.release(payload.digest, "me")
+
+
+def test_a_step_without_memory_is_no_failed_step(loop, engine, monkeypatch):
+    expected = [collect(submit(loop, request(f"r{i}", new=12, temperature=1.0, seed=i)))[0] for i in range(4)]
+    run = engine.runner.run
+
+    def short(batch) -> torch.Tensor:
+        if len(batch.slots) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(batch)
+
+    monkeypatch.setattr(engine.runner, "run", short)
+    streams = [submit(loop, request(f"r{i}", new=12, temperature=1.0, seed=i)) for i in range(4)]
+    assert [collect(stream)[0] for stream in streams] == expected
+    assert loop.stats().shortages
 
 
 def test_whoever_waits_for_a_preload_when_the_loop_stops_is_told(engine):

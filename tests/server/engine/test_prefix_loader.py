@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from prefix_store import codec
+from prefix_store.errors import OutOfMemory
 from prefix_store.prefix import PrefixVersion
 from prefix_store.store import Store
 from server.engine.prefix_loader import PrefixLoader
@@ -66,6 +68,17 @@ def test_what_was_there_and_what_was_read_is_counted(store: Store, versions: lis
     assert (found.prefix_hits, found.prefix_misses, found.prefix_evictions) == (1, 4, 1)
     assert (found.prefixes_resident, found.prefix_bytes) == (3, 3 * SIZE)
     assert (found.loads.counts[-1], found.loads.total > 0) == (4, True)
+
+
+def test_one_that_the_host_has_no_memory_for_says_so_and_is_read_by_the_next_caller(
+    store: Store, versions: list[PrefixVersion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = PrefixLoader(store.prefixes, FROZEN, 2 * SIZE)
+    with monkeypatch.context() as patch:
+        patch.setattr(store.prefixes, "read", lambda version: torch.empty(2**62, dtype=torch.uint8))
+        with pytest.raises(OutOfMemory):
+            loader.load(versions[0])
+    assert loader.load(versions[0]).payload.digest == versions[0].digest
 
 
 def test_one_that_cannot_be_read_is_a_miss_and_no_load(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest import mock
 
 from hypothesis import HealthCheck, settings
@@ -12,7 +13,7 @@ from prefix_store.errors import Conflict, InvalidRequest, Overloaded, PrefixNume
 from prefix_store.geometry import Stack
 from server.scheduler.limits import Limits
 from server.scheduler.messages import FinishReason, GenerationRequest, PrefixPayload
-from server.scheduler.plan import Candidate, RowResult
+from server.scheduler.plan import Candidate, Load, RowResult, StepPlan
 from server.scheduler.sampling_params import SamplingParams
 from server.scheduler.scheduler import Scheduler
 from tests.server.scheduler.traffic import EOS
@@ -66,7 +67,7 @@ class Operations(RuleBasedStateMachine):
         for _ in range(3000):
             if not self.unanswered:
                 break
-            self.step(set())
+            self.step(set(), set(), 1000)
             self.scheduler.check_integrity()
         assert not self.unanswered, "somebody is never served"
         assert self.scheduler.slots.used == sum(r.extent.size for r in self.scheduler.residency.residents())
@@ -120,8 +121,13 @@ class Operations(RuleBasedStateMachine):
                 needed = beams * (prompt + new) + shared
                 assert beams > min(limits.rows, limits.step_tokens) or needed > limits.slots - limits.preloadable
 
-    @rule(unlucky=st.sets(st.integers(0, 7), max_size=2))
-    def step(self, unlucky: set[int]) -> None:
+    @rule(
+        unlucky=st.sets(st.integers(0, 7), max_size=2),
+        missing=st.sets(st.integers(0, 3), max_size=1),
+        most=st.sampled_from([1, 3, 1000, 1000]),
+    )
+    def step(self, unlucky: set[int], missing: set[int], most: int) -> None:
+        """`missing` of its loads find no memory; of no row more than `most` tokens are computed."""
         self.now += 1.0
         self.answer(self.scheduler.expire())
         plan = self.scheduler.schedule()
@@ -131,7 +137,21 @@ class Operations(RuleBasedStateMachine):
         assert len({row.sequence for row in plan.rows}) == len(plan.rows)
         assert all(row.sequence.owner in self.scheduler.running and row.count > 0 for row in plan.rows)
         assert all(row.start + row.count <= row.sequence.extent.size for row in plan.rows)
-        self.answer(self.scheduler.commit(plan, [self.result(row, i, unlucky) for i, row in enumerate(plan.rows)]))
+        loads = [transfer for transfer in plan.transfers if isinstance(transfer, Load)]
+        lost = [load for index, load in enumerate(loads) if index in missing]
+        rows = [row for row in plan.rows if not any(load.is_read_by(row.sequence) for load in lost)]
+        for load in lost:
+            self.answer(self.scheduler.lose(load))
+            assert not any(load.is_read_by(sequence) for sequence in self.scheduler.running)
+            assert load.extent not in [
+                resident.extent
+                for resident in self.scheduler.residency.residents()
+                if resident.payload.digest == load.payload.digest
+            ]
+        self.scheduler.check_integrity()
+        carried = StepPlan(plan.transfers, tuple(replace(row, count=min(most, row.count)) for row in rows))
+        results = [self.result(row, i, unlucky) for i, row in enumerate(carried.rows)]
+        self.answer(self.scheduler.commit(carried, results))
 
     def check_tokens(self, rows) -> None:
         """Those that are read too, unless it is one source that takes more than there are."""

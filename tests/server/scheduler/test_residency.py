@@ -122,3 +122,17 @@ def test_pinned_prefixes_cannot_be_forgotten():
     assert len(residency) == slots.used == 0
     with pytest.raises(AssertionError):
         residency.unpin(resident)
+
+
+def test_what_never_came_is_forgotten_even_if_kept_and_only_there_where_it_was_to_be():
+    slots = SlotAllocator(6)
+    residency = Residency(slots, kept={"a"})
+    a = admit(residency, slots, "a")
+    residency.lose("a", Extent(4, 2))
+    residency.lose("unknown", a.extent)
+    assert "a" in residency
+    with pytest.raises(AssertionError, match="cannot be lost"):
+        residency.lose("a", a.extent)
+    residency.unpin(a)
+    residency.lose("a", a.extent)
+    assert ("a" in residency, slots.used, residency.evictions) == (False, 0, 0)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from server.scheduler.messages import GenerationRequest
@@ -58,3 +60,10 @@ def test_a_row_without_options_is_not_adjusted():
     assert sequence(0, logit_bias=((3, 1.0),)).is_adjusted
     assert sequence(0, 2, min_tokens=3, stop_token_ids=frozenset({3})).is_adjusted
     assert not sequence(0, 3, min_tokens=3, stop_token_ids=frozenset({3})).is_adjusted
+
+
+def test_a_request_is_late_from_its_deadline_on_and_without_one_never():
+    made = sequence(0)
+    assert not made.is_late(1e9)
+    made.request = replace(made.request, deadline=5.0)
+    assert [made.is_late(now) for now in (4.9, 5.0, 5.1)] == [False, True, True]
