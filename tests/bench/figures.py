@@ -8,17 +8,18 @@ import sys
 from pathlib import Path
 
 from tests.bench import results
+from tests.bench.gpu import table as gpu
 from tests.bench.sections import SECTIONS
 from tests.prove.proofs import PROOFS
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-SHOWN = SECTIONS | PROOFS
+SHOWN = SECTIONS | PROOFS | {gpu.SECTION: gpu}
 BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 
 
 def rendered(text: str, others: str = "") -> str:
-    """A page with every marked block filled from its results file; one that was never measured stays empty.
+    """A page with every marked block filled from its results file; one that was never measured says so or is empty.
 
     Raises SystemExit if a measured section has no block here or in the text of the `others`.
     """
@@ -31,11 +32,12 @@ def rendered(text: str, others: str = "") -> str:
 
 def _figures(section: str) -> str:
     if not results.path(section).exists():
-        return ""
+        return getattr(SHOWN[section], "UNMEASURED", "")
     measured = results.read(section)
     conditions = measured["conditions"]
     versions = ", ".join(f"{name} {version}" for name, version in conditions["versions"].items())
-    note = f"{conditions['cpu']}, {conditions['threads']} threads; {versions}; commit {conditions['commit']}."
+    machine = conditions.get("gpu") or f"{conditions['cpu']}, {conditions['threads']} threads"
+    note = f"{machine}; {versions}; commit {conditions['commit'] or conditions['sources']}."
     return f"{SHOWN[section].table(measured)}\n\n{note}\n"
 
 

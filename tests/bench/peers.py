@@ -24,9 +24,9 @@ CONTINUOUS = "transformers continuous batching, no prefix"
 PAGE, STEP_TOKENS = 16, 128
 
 
-def peft_model(shape: Shape, dtype: torch.dtype, workload: Workload) -> PeftModel:
+def peft_model(shape: Shape, dtype: torch.dtype, workload: Workload, device: str = "cpu") -> PeftModel:
     """PEFT's own model with all of a workload's prefixes as adapters, named by their number."""
-    base = shape.model("sdpa", dtype)
+    base = shape.model("sdpa", dtype, device=device)
     flat = flat_prefixes(workload, measure(base))
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=workload.virtual_tokens)
     model = get_peft_model(base, config, adapter_name="0")
@@ -34,7 +34,7 @@ def peft_model(shape: Shape, dtype: torch.dtype, workload: Workload) -> PeftMode
         if index:
             model.add_adapter(str(index), config)
         model.prompt_encoder[str(index)].embedding.weight.data.copy_(weights)
-    return model.eval()
+    return model.to(device).eval()
 
 
 class PeftSwitched:
@@ -53,8 +53,9 @@ class PeftSwitched:
     def next_logits(self, item: Item, generated: Sequence[int] = ()) -> torch.Tensor:
         """Logits `[V]` of the token after a request's prompt and what was generated so far."""
         self.model.set_adapter(str(item.prefix))
-        logits: torch.Tensor = self.model(torch.tensor([[*item.prompt, *generated]])).logits[0, -1]
-        return logits.float()
+        ids = torch.tensor([[*item.prompt, *generated]], device=self.model.device)
+        logits: torch.Tensor = self.model(ids).logits[0, -1]
+        return logits.float().cpu()
 
     def _one(self, item: Item) -> list[int]:
         self.model.set_adapter(str(item.prefix))
@@ -109,7 +110,8 @@ class ContinuousBatching:
         # By default it takes most of the machine's memory, and on a CPU every row looks at all of it through a mask: a
         # cache that just holds these requests is several times faster.
         pages = sum(-(-(len(item.prompt) + workload.new_tokens) // PAGE) for item in items)
-        self._sizes = ContinuousBatchingConfig(page_size=PAGE, num_blocks=pages + 1, max_batch_tokens=STEP_TOKENS)
+        on_cpu = {"page_size": PAGE, "num_blocks": pages + 1, "max_batch_tokens": STEP_TOKENS}
+        self._sizes = ContinuousBatchingConfig(**(on_cpu if model.device.type == "cpu" else {}))
 
     def run(self, items: Sequence[Item]) -> Tokens:
         # an end that no token can be: every request is to have all its tokens
@@ -151,7 +153,6 @@ def _generate(model: PreTrainedModel | PeftModel, items: Sequence[Item], new_tok
     for row, item in enumerate(items):
         ids[row, width - len(item.prompt) :] = torch.tensor(item.prompt)
         mask[row, width - len(item.prompt) :] = 1
-    output = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, use_cache=True, pad_token_id=0
-    )
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+    output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **options)
     return output[:, width:].tolist()

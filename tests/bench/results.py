@@ -139,7 +139,10 @@ def _lasting(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""  # a copy of the tree on a machine without git; `sources` says what it is
     return done.stdout.strip()
 
 

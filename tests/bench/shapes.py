@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3Config,
 )
 
 from prefix_store.model.frozen import FrozenModel, freeze
@@ -45,17 +46,20 @@ class Shape:
         """The same family with other numbers."""
         return replace(self, numbers={**self.numbers, **numbers})
 
-    def model(self, attention: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-        """Equal arguments give equal weights."""
+    def model(
+        self, attention: str, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu"
+    ) -> PreTrainedModel:
+        """Equal arguments give equal weights, which are drawn on the device."""
         torch.manual_seed(seed)
         config = self.config(**{**self.numbers, **NO_TOKENS})  # type: ignore[arg-type]
         maker = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = maker.from_config(config, attn_implementation=attention, dtype=dtype)
+        with torch.device(device):
+            model = maker.from_config(config, attn_implementation=attention, dtype=dtype)
         return model.eval().requires_grad_(False)
 
-    def frozen(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> FrozenModel:
+    def frozen(self, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu") -> FrozenModel:
         """The model as the engine takes it, without a tokenizer."""
-        return freeze(self.model("eager", dtype, seed), None, digest="bench", name=self.name)
+        return freeze(self.model("eager", dtype, seed, device), None, digest="bench", name=self.name)
 
     def save(self, folder: Path) -> None:
         """Writes a model folder that a server can load."""
@@ -123,4 +127,33 @@ LLAMA_19M = _grouped(
     num_key_value_heads=2,
     intermediate_size=1024,
     vocab_size=8192,
+)
+# As their makers publish them.
+GPT2_MEDIUM = Shape(
+    "gpt2-medium", GPT2Config, {"n_embd": 1024, "n_layer": 24, "n_head": 16, "n_positions": 1024, "vocab_size": 50257}
+)
+QWEN3_600M = Shape(
+    "Qwen3-0.6B",
+    Qwen3Config,
+    {
+        "hidden_size": 1024,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 3072,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "tie_word_embeddings": True,
+    },
+)
+LLAMA2_7B = _grouped(
+    "Llama-2-7B",
+    hidden_size=4096,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    intermediate_size=11008,
+    vocab_size=32000,
+    max_position_embeddings=4096,
 )

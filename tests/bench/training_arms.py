@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from peft import PrefixTuningConfig, get_peft_model
+from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from transformers import PreTrainedModel
 
 from prefix_store.geometry import ModelGeometry
 from prefix_store.model.apply import PrefixRows
@@ -34,6 +35,7 @@ class Setup:
     virtual_tokens: int
     users: int
     learning_rate: float
+    device: str = "cpu"
 
     def start(self, geometry: ModelGeometry, user: int) -> torch.Tensor:
         """`[P, 2 L Hkv D]`, drawn as PEFT draws them, in its layout."""
@@ -43,7 +45,7 @@ class Setup:
     def start_kv(self, geometry: ModelGeometry, user: int) -> torch.Tensor:
         """The same as `[L, 2, Hkv, P, D]`."""
         flat = self.start(geometry, user).view(self.virtual_tokens, *geometry.kv_shape)
-        return flat.permute(1, 2, 3, 0, 4).contiguous()
+        return flat.permute(1, 2, 3, 0, 4).contiguous().to(self.device)
 
 
 class Arm(Protocol):
@@ -62,7 +64,7 @@ class Ours:
 
     def __init__(self, setup: Setup, dtype: torch.dtype = torch.float32) -> None:
         self.name = OURS if dtype is torch.float32 else HALF
-        frozen = training_model.attach(setup.shape.frozen(dtype))
+        frozen = training_model.attach(setup.shape.frozen(dtype, device=setup.device))
         if not isinstance(frozen, TrainingModel):
             raise RuntimeError("the model would be trained the plain way")
         self.frozen = frozen
@@ -102,11 +104,11 @@ class Peft:
 
     name = PEFT
 
-    def __init__(self, setup: Setup) -> None:
-        base = setup.shape.model("sdpa")
+    def __init__(self, setup: Setup, dtype: torch.dtype = torch.float32) -> None:
+        base = setup.shape.model("sdpa", dtype, device=setup.device)
         geometry = measure(base)
         config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=setup.virtual_tokens)
-        self._models = [get_peft_model(base, config).eval() for _ in range(setup.users)]
+        self._models = [get_peft_model(base, config).to(setup.device).eval() for _ in range(setup.users)]
         self._optimisers = []
         for user, model in enumerate(self._models):
             weight = model.prompt_encoder["default"].embedding.weight
@@ -142,7 +144,7 @@ class Full:
 ARMS = {OURS: Ours, HALF: lambda setup: Ours(setup, torch.bfloat16), PEFT: Peft, FULL: Full}
 
 
-def step(model: torch.nn.Module, used: torch.optim.Optimizer, batch: Sequence[Example]) -> float:
+def step(model: PreTrainedModel | PeftModel, used: torch.optim.Optimizer, batch: Sequence[Example]) -> float:
     """What transformers' users write: a padded batch, the model's own loss, a step."""
     width = max(len(example.ids) for example in batch)
     ids, mask = torch.zeros(len(batch), width, dtype=torch.long), torch.zeros(len(batch), width, dtype=torch.long)
@@ -151,7 +153,8 @@ def step(model: torch.nn.Module, used: torch.optim.Optimizer, batch: Sequence[Ex
         length, targets = len(example.ids), list(example.targets)
         ids[row, :length], mask[row, :length] = torch.tensor(example.ids), 1
         labels[row, targets] = ids[row, targets]
-    loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    loss = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}).loss
     used.zero_grad()
     loss.backward()
     used.step()

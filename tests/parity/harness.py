@@ -134,16 +134,16 @@ def alone(model: PreTrainedModel, case: Case) -> tuple[list[int], torch.Tensor]:
 @torch.inference_mode()
 def plain_logits(model: PreTrainedModel, ids: Sequence[int], kv: torch.Tensor | None) -> torch.Tensor:
     """Logits `[T, V]` of one row by unmodified transformers, the prefix as a cache of past keys and values."""
-    cache, length = DynamicCache(), 0
+    cache, length, device = DynamicCache(), 0, model.device
     if kv is not None:
         length = kv.shape[3]
         for layer in range(kv.shape[0]):
-            cache.update(kv[layer, 0][None].clone(), kv[layer, 1][None].clone(), layer)
-    positions = torch.arange(length, length + len(ids))[None]
-    mask = torch.ones(1, length + len(ids), dtype=torch.long)
-    output = model(
-        torch.tensor([list(ids)]), attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-    )
+            keys, values = kv[layer][:, None].to(device, copy=True)
+            cache.update(keys, values, layer)
+    positions = torch.arange(length, length + len(ids), device=device)[None]
+    mask = torch.ones(1, length + len(ids), dtype=torch.long, device=device)
+    tokens = torch.tensor([list(ids)], device=device)
+    output = model(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
     return output.logits[0]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from server.engine.engine import Engine
 from tests.models import FAMILIES, random_memory, tiny_frozen, tiny_model
 from tests.parity.harness import TOLERANCE, alone, make_engine, memory_payload, run_mixed, sampled, worst_difference
 from tests.parity.test_families import make_cases, payloads
+from tests.server.engine import recording
 from tests.server.engine.attention import listed
 
 LIMITS = {"slots": 400, "rows": 9, "step_tokens": 32}
@@ -32,23 +33,11 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def again(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-    """Plays by running anew."""
-    with torch.inference_mode():
-        result = run()
-
-    @torch.inference_mode()
-    def play() -> None:
-        result.copy_(run())
-
-    return play, result
-
-
 def compiled(family: str, backend: str) -> Engine:
     engine = make_engine(tiny_frozen(family), listed.NAME, **LIMITS)
     runner = engine.runner._runner
     runner.compile(backend)
-    runner.record(again, engine.limits)
+    runner.record(recording.again, engine.limits)
     return engine
 
 
@@ -90,7 +79,7 @@ def test_a_model_that_is_not_one_graph_says_so(monkeypatch: pytest.MonkeyPatch) 
     runner = engine.runner._runner
     runner.compile("eager")
     with pytest.raises(torch._dynamo.exc.Unsupported):
-        runner.record(again, engine.limits)
+        runner.record(recording.again, engine.limits)
     monkeypatch.undo()
     runner.run_eagerly()
     assert "forward" not in vars(runner.frozen.model)

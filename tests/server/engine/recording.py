@@ -68,3 +68,15 @@ def record(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.T
         recording.play()
 
     return play, result
+
+
+def again(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+    """A recorder whose recordings are run anew."""
+    with torch.inference_mode():
+        result = run()
+
+    @torch.inference_mode()
+    def play() -> None:
+        result.copy_(run())
+
+    return play, result
