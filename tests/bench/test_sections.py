@@ -184,12 +184,14 @@ def test_latency():
         unloaded=3,
         long_prompt=600,
         long_share=0.25,
+        rounds=2,
     )
     measured = sound("latency", latency.measure(NOTHING_KEPT, size))
     assert measured["scenarios"][latency.LONG]["long_prompts"] > 0
     for found in measured["scenarios"].values():
         assert found["first_token_ms"]["p50"] <= found["first_token_ms"]["p99"]
         assert len(found["gap_curve_ms"]) == len(latency.QUANTILES)
+        assert len(found["ratios"]) == 2
 
 
 def test_growth():
