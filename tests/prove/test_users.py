@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from server.scheduler.messages import PrefixPayload
 from tests.prove import users
 
 
@@ -29,3 +30,15 @@ def test_users_are_counted_against_the_bare_model_and_against_the_others():
 def test_the_table_shows_each_rows_best_in_bold():
     measured = {"authors": ["mark_twain", "jack_london"], **users.count([2.0, 2.0], [[[1.0], [1.5]], [[1.0], [1.5]]])}
     assert "| twain | 2.000 | **1.000** | 1.500 |" in users.table(measured)
+
+
+def test_an_author_is_scored_once_for_the_same_prefixes(monkeypatch, tmp_path):
+    scored = []
+    monkeypatch.setattr(users, "PARTS", 1)
+    monkeypatch.setattr(users, "_bits", lambda bench, author, prefixes: scored.append(author) or [2.0, 1.0, 1.5])
+    prefixes = {author: PrefixPayload(author, 1, 1, True, None) for author in ("a", "b")}
+    first = users._score(None, ["a", "b"], prefixes, tmp_path)
+    assert users._score(None, ["a", "b"], prefixes, tmp_path) == first
+    assert scored == ["a", "b"]
+    users._score(None, ["a", "b"], {**prefixes, "b": PrefixPayload("c", 1, 1, True, None)}, tmp_path)
+    assert scored == ["a", "b", "a", "b"]

@@ -6,6 +6,7 @@ which it saw nothing, beside the bare model and beside the prefixes of all other
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+from rich.progress import track
 
 from prefix_store.jobs import JobStatus
 from prefix_store.prefix import PrefixRef
@@ -37,14 +39,15 @@ def run() -> dict[str, Any]:
     """Bits per byte of every author's test rows under every user's prefix; goes on where it was cut off."""
     authors = sorted(path.name for path in (data_folder() / "authors").iterdir())
     frozen = load()
-    store = Store.open(f"sqlite:///{KEPT}/users-{frozen.digest[:12]}/store.db")
+    folder = KEPT / f"users-{frozen.digest[:12]}"
+    store = Store.open(f"sqlite:///{folder}/store.db")
     users = [(author, part) for author in authors for part in range(PARTS)]
     for author, part in users:
         _submit(store, author, part)
     Worker(store, frozen, "users").run_until_empty()
     bench = Bench()
     prefixes = {user: _prefix(store, bench, *user) for user in users}
-    return {"authors": authors, "options": OPTIONS, **_score(bench, authors, prefixes)}
+    return {"authors": authors, "options": OPTIONS, **_score(bench, authors, prefixes, folder / "scores")}
 
 
 def missed(measured: dict[str, Any]) -> list[str]:
@@ -115,19 +118,35 @@ def _prefix(store: Store, bench: Bench, author: str, part: int) -> PrefixPayload
     return payload_of(version.digest, manifest, tensors, bench.model.dtype)
 
 
-def _score(bench: Bench, authors: list[str], prefixes: dict[tuple[str, int], PrefixPayload]) -> dict[str, Any]:
+def _score(
+    bench: Bench, authors: list[str], prefixes: dict[tuple[str, int], PrefixPayload], folder: Path
+) -> dict[str, Any]:
+    """Each author's bits are kept in a file, named by what they are of."""
+    folder.mkdir(exist_ok=True)
+    which = hashlib.sha256("".join(prefix.digest for prefix in prefixes.values()).encode()).hexdigest()[:12]
     bare, by_user = [], []
-    for author in authors:
-        rows = _rows(author, "test")
-        examples = tokenize(bench.model.tokenizer, rows, bench.model.context_length // 2)
-        size = math.log(2) * sum(len(row["completion"].encode()) for row in rows)
-        # one list, so that all prefixes stand in the same batches
-        payloads: list[PrefixPayload | None] = [None, *prefixes.values()]
-        nats = bench.nats([e for e in examples for _ in payloads], payloads * len(examples))
-        bits = (numpy.array(nats).reshape(len(examples), len(payloads)).sum(0) / size).tolist()
+    for author in track(authors, "scoring"):
+        kept = folder / f"{author}-{which}.json"
+        if not kept.exists():
+            partial = kept.with_suffix(".part")
+            partial.write_text(json.dumps(_bits(bench, author, list(prefixes.values()))), "utf-8")
+            partial.replace(kept)
+        bits = json.loads(kept.read_text("utf-8"))
         bare.append(bits[0])
         by_user.append([bits[1 + PARTS * other :][:PARTS] for other in range(len(authors))])
     return count(bare, by_user)
+
+
+def _bits(bench: Bench, author: str, prefixes: list[PrefixPayload]) -> list[float]:
+    """Bits per byte of an author's test rows, without a prefix and with each."""
+    rows = _rows(author, "test")
+    examples = tokenize(bench.model.tokenizer, rows, bench.model.context_length // 2)
+    size = math.log(2) * sum(len(row["completion"].encode()) for row in rows)
+    # one list, so that all prefixes stand in the same batches
+    payloads: list[PrefixPayload | None] = [None, *prefixes]
+    nats = bench.nats([e for e in examples for _ in payloads], payloads * len(examples))
+    bits: list[float] = (numpy.array(nats).reshape(len(examples), len(payloads)).sum(0) / size).tolist()
+    return bits
 
 
 def _rows(author: str, name: str) -> list[dict[str, str]]:
