@@ -197,9 +197,10 @@ class Overloaded(AntefixError):
 
 
 class StoreUnavailable(AntefixError):
-    """The store cannot be reached."""
+    """The store cannot be reached. `may_pass`: nothing is wrong but that its server does not answer now."""
 
     code = "store_unavailable"
+    may_pass = False
 
 
 class StoreCorrupt(AntefixError):

@@ -9,8 +9,12 @@ import socket
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from server import logs, settings
+
+if TYPE_CHECKING:
+    from server.loading import Meanwhile
 
 SETTINGS = "Settings are environment variables, ANTEFIX_…; docs/api.md lists them."
 
@@ -29,12 +33,16 @@ def main() -> None:
 
     listener = loading.listen(chosen.host, chosen.port)
     with ExitStack() as stack:
-        stack.enter_context(loading.answering(listener))
-        _serve(chosen, listener, stack.close, asked.ready_fd)
+        meanwhile = stack.enter_context(loading.answering(listener))
+        _serve(chosen, listener, meanwhile, stack.close, asked.ready_fd)
 
 
 def _serve(
-    chosen: settings.Settings, listener: socket.socket, stop_loading: Callable[[], None], ready_fd: int | None
+    chosen: settings.Settings,
+    listener: socket.socket,
+    meanwhile: Meanwhile,
+    stop_loading: Callable[[], None],
+    ready_fd: int | None,
 ) -> None:
     # what is imported is never freed: looked through while it is made, it slows the start by an eighth, and later
     # every look at all of its 400,000 objects would stop every thread for a quarter of a second
@@ -43,7 +51,7 @@ def _serve(
 
     gc.freeze()
     gc.enable()
-    serve(chosen, listener, stop_loading, ready_fd)
+    serve(chosen, listener, meanwhile, stop_loading, ready_fd)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

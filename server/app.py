@@ -10,7 +10,7 @@ from fastapi import Depends, FastAPI
 
 from prefix_store.jobs import BUILT_IN_METHODS
 from prefix_store.model.frozen import FrozenModel
-from prefix_store.store import Store
+from prefix_store.store import REDIS_SCHEMES, Store
 from server.api import (
     chat,
     completions,
@@ -43,6 +43,7 @@ from server.collector import COLLECT_SECONDS, PATIENCE_SECONDS, Collector
 from server.engine.grammars import Grammars
 from server.engine.loop import EngineLoop
 from server.engine.prefix_loader import PrefixLoader
+from server.exposition import StoreNumbers
 from server.metrics import Metrics
 from server.scheduler.messages import FinishReason
 
@@ -93,13 +94,18 @@ def create_app(
     )
     drain = drain or Drain()
     grammars = Grammars(frozen)
-    metrics = Metrics(loop.stats, loader.stats, store.jobs.job_counts, store.jobs.overdue, clock)
+    numbers = Reach(lambda: _numbers(store))
+    metrics = Metrics(loop.stats, loader.stats, lambda: (numbers.wait() or (None,))[0], clock)
     for reason in FinishReason:  # a counter that begins at nothing is one whose first step is seen
         metrics.finished.labels(reason)
     recent = Recent(lambda what: metrics.from_memory.labels(what).inc())
     gate = Gate(store.keys, recent, is_loopback=is_loopback)
+    counts_in_store = counters_url is not None and counters_url.startswith(REDIS_SCHEMES)
     rates = Rates(
-        lambda tenant: recent.ask("quotas", tenant, lambda: store.tenants.quotas(tenant)), counters(counters_url), clock
+        lambda tenant: recent.ask("quotas", tenant, lambda: store.tenants.quotas(tenant)),
+        counters(counters_url),
+        clock,
+        lambda: counts_in_store and recent.is_away,
     )
     app.state.services = Services(
         store,
@@ -130,3 +136,9 @@ def create_app(
     for part in (*parts, prefixes):
         app.include_router(part.router)
     return app
+
+
+def _numbers(store: Store) -> StoreNumbers:
+    """Raises StoreUnavailable, also where only the blobs are away."""
+    store.blobs.ping()
+    return StoreNumbers(store.jobs.job_counts(), store.jobs.overdue(), store.blobs.free_bytes())

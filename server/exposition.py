@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from prefix_store.errors import AntefixError
 from server.busiest import Busiest
 from server.distribution import Reading
 
@@ -56,6 +56,15 @@ TIER_COUNTERS = {
 }
 
 
+@dataclass(frozen=True)
+class StoreNumbers:
+    """What the store says at a scrape. `free_bytes`: on the disk under its blobs, None where they lie in no folder."""
+
+    jobs: Mapping[Any, int]
+    overdue: int
+    free_bytes: int | None
+
+
 class Collected(Collector):
     """A function that is asked at every scrape."""
 
@@ -95,19 +104,19 @@ def of_tenants(tenants: Busiest) -> Iterator[Metric]:
     yield family
 
 
-def of_store(job_counts: Callable[[], Mapping[Any, int]], overdue: Callable[[], int]) -> Iterator[Metric]:
-    """What the store says of jobs; while it is away, that it is, and no more."""
+def of_store(found: StoreNumbers | None) -> Iterator[Metric]:
+    """What the store has said; where it has not, that it is away, and no more."""
     jobs = GaugeMetricFamily("antefix_jobs", "Training jobs by state", labels=["state"])
     late = GaugeMetricFamily("antefix_jobs_overdue", "Running jobs whose worker has stopped answering")
-    try:
-        found, silent = job_counts(), overdue()
-    except AntefixError:
-        found, silent = {}, None
-    yield GaugeMetricFamily("antefix_store_up", "1 if the store answered this scrape", value=int(silent is not None))
-    if silent is not None:
-        late.add_metric([], silent)
-    yield _labelled(jobs, {str(state): count for state, count in found.items()})
-    yield late
+    free = GaugeMetricFamily("antefix_blobs_free_bytes", "Room on the disk under the blob folder")
+    text = "1 if the store, its blobs included, answered this scrape"
+    yield GaugeMetricFamily("antefix_store_up", text, value=int(found is not None))
+    if found is not None:
+        late.add_metric([], found.overdue)
+        if found.free_bytes is not None:
+            free.add_metric([], found.free_bytes)
+    yield _labelled(jobs, {str(state): count for state, count in found.jobs.items()} if found is not None else {})
+    yield from (late, free)
 
 
 def _of_tiers(tiers: Mapping[str, Any]) -> Iterator[Metric]:

@@ -9,6 +9,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -36,15 +37,22 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+@dataclass
+class Meanwhile:
+    """What is there already while the model loads."""
+
+    store: bool = False
+
+
 @contextmanager
-def answering(listener: socket.socket) -> Iterator[None]:
+def answering(listener: socket.socket) -> Iterator[Meanwhile]:
     """Answers on a bound socket until the block ends; the socket stays open, and who connects later waits."""
     listener.listen(128)
     server = _Server(listener)
     thread = threading.Thread(target=server.serve_forever, args=(POLL_SECONDS,), name="loading", daemon=True)
     thread.start()
     try:
-        yield
+        yield server.meanwhile
     finally:
         server.shutdown()
         thread.join()
@@ -56,12 +64,14 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, listener: socket.socket) -> None:
         socketserver.BaseServer.__init__(self, listener.getsockname(), _Handler)
         self.socket = listener
+        self.meanwhile = Meanwhile()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Whoever left has no need of an answer."""
 
 
 class _Handler(BaseHTTPRequestHandler):
+    server: _Server
     timeout = 5.0  # a client that sends nothing holds no thread for longer
 
     def do_GET(self) -> None:
@@ -70,12 +80,12 @@ class _Handler(BaseHTTPRequestHandler):
         if path in UP:
             self._reply(200, {"status": "ok"})
         elif path == READY:
-            self._reply(503, {"status": "loading", "model": False, "store": True})
+            self._reply(503, {"status": "loading", "model": False, "store": self.server.meanwhile.store})
         else:
             self._read_body()
             self._reply(503, errors.body(Loading()))
 
-    do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
+    do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_GET
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nobody asked for one."""

@@ -7,8 +7,7 @@ docs/metrics.md lists every family.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from prometheus_client import (
     CollectorRegistry,
@@ -22,7 +21,7 @@ from prometheus_client import (
 from server import exposition
 from server.busiest import Busiest
 from server.distribution import SECONDS, SHORT_SECONDS, powers_of_two
-from server.exposition import Collected
+from server.exposition import Collected, StoreNumbers
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PROMPT, GENERATION = "prompt", "generation"
@@ -32,17 +31,15 @@ MOST_TOKENS = 1 << 17
 class Metrics:
     """The registry of one server.
 
-    `engine` and `host` give the numbers of the engine and of the prefixes in host memory, as attributes; `job_counts`
-    the jobs by state and `overdue` how many have lost their worker: while the store is away those lines are left out,
-    and all others still stand.
+    `engine` and `host` give the numbers of the engine and of the prefixes in host memory, as attributes; `store` those
+    of the store, or None while it is away: then those lines are left out, and all others still stand.
     """
 
     def __init__(
         self,
         engine: Callable[[], object],
         host: Callable[[], object],
-        job_counts: Callable[[], Mapping[Any, int]],
-        overdue: Callable[[], int],
+        store: Callable[[], StoreNumbers | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         disable_created_metrics()  # a line for each line, with the moment at which it began
@@ -50,7 +47,7 @@ class Metrics:
         self.tenants = Busiest((PROMPT, GENERATION), clock=clock)
         self.registry.register(Collected(lambda: exposition.of_engine(engine(), host(), self.tenants)))
         self.registry.register(Collected(lambda: exposition.of_tenants(self.tenants)))
-        self.registry.register(Collected(lambda: exposition.of_store(job_counts, overdue)))
+        self.registry.register(Collected(lambda: exposition.of_store(store())))
         ProcessCollector(registry=self.registry)
         self.first_token = self._histogram("time_to_first_token_seconds", "From arrival to the first token")
         self.latency = self._histogram("e2e_request_latency_seconds", "From arrival to the last token")

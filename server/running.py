@@ -32,8 +32,8 @@ POLL_SECONDS = 0.05
 def run(app: FastAPI, listener: socket.socket, loop: EngineLoop, drain: Drain, on_ready: Callable[[], None]) -> None:
     """Runs the engine in the calling thread, the main one; `on_ready` is called when HTTP answers.
 
-    SIGTERM drains; SIGINT, and any second signal, ends it. Raises SystemExit with status 1 if HTTP never answered;
-    why is in the log.
+    SIGTERM drains; SIGINT, and any second signal, ends it. An engine that fails drains too, for a new process helps and
+    this one does not. Raises SystemExit with status 1 then, and if HTTP never answered; why is in the log.
     """
     config = uvicorn.Config(
         app,
@@ -52,8 +52,10 @@ def run(app: FastAPI, listener: socket.socket, loop: EngineLoop, drain: Drain, o
     answering = threading.Thread(target=_answer, args=(server, listener, loop), name="http", daemon=True)
     answering.start()
     loop.run()
+    if loop.has_failed:
+        drain.begin()
     answering.join()
-    if not server.started:
+    if loop.has_failed or not server.started:
         raise SystemExit(1)
 
 

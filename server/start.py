@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ from fastapi import FastAPI
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from prefix_store import codec
-from prefix_store.errors import AntefixError, InvalidPrefix, StoreCorrupt
+from prefix_store.errors import AntefixError, InvalidPrefix, StoreCorrupt, StoreUnavailable
 from prefix_store.model import frozen as models
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import PrefixVersion
@@ -26,6 +27,7 @@ from server.app import create_app
 from server.engine.engine import Engine
 from server.engine.loop import EngineLoop
 from server.engine.prefix_loader import PrefixLoader
+from server.loading import Meanwhile
 from server.scheduler.scheduler import Limits
 from server.settings import Settings
 
@@ -35,26 +37,53 @@ LOADED_PREFIXES_SHARE = 0.125  # of the machine's memory
 INT8, AROUND_INT8 = "int8", "bfloat16"
 # Prefixes whose headers are read at the start to find some that fit.
 LOOKED_AT = 50
+# How often a store that does not answer yet is tried.
+STORE_SECONDS = 1.0
+MAKE_A_KEY = "antefix key new --tenant default --scope admin"
+# Docker's and podman's mark on a container. There, the command would have to run with the server's settings.
+CONTAINER_MARKS = (Path("/.dockerenv"), Path("/run/.containerenv"))
 PROBE = {"role": "user", "content": "x"}
 
 
 def serve(
-    chosen: Settings, listener: socket.socket, stop_loading: Callable[[], None], ready_fd: int | None = None
+    chosen: Settings,
+    listener: socket.socket,
+    meanwhile: Meanwhile,
+    stop_loading: Callable[[], None],
+    ready_fd: int | None = None,
 ) -> None:
     """Runs until a signal. Raises SystemExit with one line when it cannot start.
 
-    `stop_loading` leaves the listener to us. `ready_fd` is a descriptor of whoever supervises: a line comes once
-    requests are taken.
+    `meanwhile` is told what is there already, and `stop_loading` leaves the listener to us. `ready_fd` is a descriptor
+    of whoever supervises: a line comes once requests are taken.
     """
     transformers.logging.disable_progress_bar()
     try:
-        _serve(chosen, listener, stop_loading, ready_fd)
+        store = open_store(chosen)
+        meanwhile.store = True
+        _serve(chosen, store, listener, stop_loading, ready_fd)
     except AntefixError as error:
         raise SystemExit(f"antefix: {error.message}") from None
 
 
-def _serve(chosen: Settings, listener: socket.socket, stop_loading: Callable[[], None], ready_fd: int | None) -> None:
-    store = Store.open(chosen.store, chosen.blobs)
+def open_store(chosen: Settings) -> Store:
+    """Waits for a server that does not answer yet. Raises StoreUnavailable for what no wait will mend."""
+    said = False
+    while True:
+        try:
+            return Store.open(chosen.store, chosen.blobs)
+        except StoreUnavailable as error:
+            if not error.may_pass:
+                raise
+            if not said:
+                _say(f"waiting for the store: {error.message}")
+            said = True
+        time.sleep(STORE_SECONDS)
+
+
+def _serve(
+    chosen: Settings, store: Store, listener: socket.socket, stop_loading: Callable[[], None], ready_fd: int | None
+) -> None:
     open_mode = check_access(chosen, store)
     drain = Drain(chosen.drain_seconds)
     app, loop, text = _prepare(chosen, store, drain, listener.getsockname()[1], open_mode=open_mode)
@@ -107,9 +136,11 @@ def check_access(settings: Settings, store: Store) -> bool:
     if store.keys.any():
         return False
     if not settings.is_loopback:
+        how = MAKE_A_KEY
+        if any(mark.exists() for mark in CONTAINER_MARKS):
+            how = f"`make up` does, or: docker compose run --rm server {MAKE_A_KEY}"
         raise SystemExit(
-            f"antefix: ANTEFIX_HOST={settings.host} without an API key would let anyone in; "
-            "make a key first: antefix key new --tenant default --scope admin"
+            f"antefix: ANTEFIX_HOST={settings.host} without an API key would let anyone in; make a key first: {how}"
         )
     return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -44,6 +45,16 @@ class RedisServer:
         arguments = [part for name, value in settings.items() for part in (f"--{name}", value)]
         self._process = subprocess.Popen([str(self._program), *arguments])
         self._wait()
+
+    def hang(self) -> None:
+        """Has it take connections and answer nothing, until `go_on`."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Ends `hang`: what was asked meanwhile is answered."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
         """Kills it, as a power cut would."""

@@ -105,6 +105,9 @@ class Blobs(Protocol):
     def ping(self) -> None:
         """Raises StoreUnavailable unless blobs can be reached."""
 
+    def free_bytes(self) -> int | None:
+        """Room on the disk under a folder of blobs; None where there is no folder. Raises StoreUnavailable."""
+
     def close(self) -> None:
         """Lets go of connections."""
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -107,6 +108,13 @@ class FolderBlobs:
     def ping(self) -> None:
         """See `Blobs`."""
         self._spool.ping()
+        with storage():
+            os.scandir(self._blobs).close()
+
+    def free_bytes(self) -> int | None:
+        """See `Blobs`."""
+        with storage():
+            return shutil.disk_usage(self.root).free
 
     def close(self) -> None:
         """See `Blobs`."""

@@ -101,6 +101,10 @@ class RedisBlobs:
         with answering():
             self._client.ping()
 
+    def free_bytes(self) -> int | None:
+        """See `Blobs`."""
+        return None
+
     def close(self) -> None:
         """See `Blobs`."""
         self._client.close()

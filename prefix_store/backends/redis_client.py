@@ -58,7 +58,10 @@ def answering() -> Iterator[None]:
     try:
         yield
     except redis.RedisError as error:
-        raise StoreUnavailable(f"the store cannot be used: {str(error)[:200]}") from error
+        unavailable = StoreUnavailable(f"the store cannot be used: {str(error)[:200]}")
+        is_silent = isinstance(error, redis.ConnectionError | redis.TimeoutError)
+        unavailable.may_pass = is_silent and not isinstance(error, redis.AuthenticationError)
+        raise unavailable from error
 
 
 def rewrite(client: redis.Redis) -> None:

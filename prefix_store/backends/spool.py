@@ -50,9 +50,11 @@ class Spool:
                     path.unlink(missing_ok=True)
 
     def ping(self) -> None:
-        """Raises StoreUnavailable unless the folder is there."""
-        if not self._folder.is_dir():
-            raise StoreUnavailable(f"{self._folder} cannot be reached")
+        """Raises StoreUnavailable unless the folder is there, and can be written as far as its rights say."""
+        with storage():
+            os.scandir(self._folder).close()
+        if not os.access(self._folder, os.W_OK | os.X_OK):
+            raise StoreUnavailable(f"the blob folder cannot be used: {self._folder} cannot be written")
 
     def _create(self) -> tuple[Path, int]:
         """A folder and the lock in it; again where someone tidied before the lock was held."""

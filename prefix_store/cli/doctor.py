@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from prefix_store.backends.base import DEFAULT_STORE
-from prefix_store.cli.checks.finding import Finding, Level, problem, warning
+from prefix_store.cli.checks.finding import Finding, Level, problem
 from prefix_store.cli.secret import secret
 from prefix_store.cli.terminal import is_live, printable
 from prefix_store.errors import AntefixError
@@ -39,18 +39,19 @@ def _findings() -> Iterator[Finding]:
     address = secret("ANTEFIX_STORE") or DEFAULT_STORE
     host = os.environ.get("ANTEFIX_HOST") or "127.0.0.1"
     yield from machine.versions()
+    yield from machine.settings()
     yield from machine.device(os.environ.get("ANTEFIX_DEVICE") or "auto")
     yield from model.look(os.environ.get("ANTEFIX_MODEL") or None)
     with ExitStack() as stack:
         store: Store | None = None
         if storage.is_absent(address):
-            yield warning("store", f"there is none at {address}; ANTEFIX_STORE says where, and antefix serve makes it")
+            yield storage.to_be_made(address)
         else:
             try:
                 store = _opened(address)
                 stack.callback(store.close)
             except AntefixError as error:
-                yield problem("store", f"{error.message}: ANTEFIX_STORE and ANTEFIX_BLOBS say where it is")
+                yield storage.closed(error)
         yield from machine.disks(storage.folders(store, address))
         yield from machine.ports(os.environ)
         if store is not None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
 
 import structlog
-from anyio import to_thread
 from fastapi import Depends, Request
 
 from prefix_store.audit import LOCAL
@@ -100,33 +99,32 @@ class Gate:
         self._recent = recent
         self._open = is_loopback
 
-    def admit(self, request: Request, scope: str) -> Caller:
-        """The caller behind a request's key. Blocking. Raises Unauthorized or Forbidden.
+    async def admit(self, request: Request, scope: str) -> Caller:
+        """The caller behind a request's key. Raises Unauthorized, Forbidden or StoreUnavailable.
 
         While the store is away, who was lately let in may still generate and look, but change nothing.
         """
-        recent = self._recent if scope == "generate" or request.method == "GET" else None
+        changes = scope != "generate" and request.method != "GET"
         if self._open:
-            self._open = not (recent.ask(KEY, None, self._keys.any) if recent else self._keys.any())
+            self._open = not await self._recent.ask(KEY, None, self._keys.any, fresh=changes)
         if self._open:
             _refuse_web_pages(request)
             return Caller(DEFAULT_TENANT)
         presented = presented_key(request)
-        key = self._find(presented, recent)
+        key = await self._find(presented, fresh=changes)
         if not key.allows(scope):
             raise Forbidden(f"this API key lacks the scope {scope!r}")
         return Caller(key.tenant, key.id)
 
-    def _find(self, presented: str | None, recent: Recent | None) -> ApiKey:
+    async def _find(self, presented: str | None, *, fresh: bool) -> ApiKey:
         if presented is None:
             raise Unauthorized("an API key is needed: Authorization: Bearer afx_… or x-api-key: afx_…")
-        if recent is None:
-            return self._keys.authenticate(presented)
-        return recent.ask(
+        return await self._recent.ask(
             KEY,
             hash_key(presented),
             lambda: self._keys.authenticate(presented),
             is_good=lambda key: not key.has_expired(time.time()),
+            fresh=fresh,
         )
 
 
@@ -165,7 +163,7 @@ async def authorise(request: Request, services: Serving) -> Caller | None:
     if path in OPEN:
         return None
     scope = SCOPES.get((request.method, path), "admin")
-    caller = await to_thread.run_sync(services.gate.admit, request, scope)
+    caller = await services.gate.admit(request, scope)
     structlog.contextvars.bind_contextvars(tenant=caller.tenant, key=caller.key_id)
     request.state.rate_headers = partial(services.rates.headers, caller.tenant)  # for `Exchange`, once it answers
     await services.rates.count_request(caller.tenant)

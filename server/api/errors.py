@@ -120,7 +120,7 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
     """Query and path parameters; bodies are read by `schemas.read`."""
     assert isinstance(error, RequestValidationError)
     details = [{**detail, "loc": detail["loc"][1:]} for detail in error.errors()]
-    return response(invalid(details))
+    return await _on_antefix_error(request, invalid(details))
 
 
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
@@ -134,6 +134,7 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
         headers = {"allow": ", ".join(_methods(request))}
         message = f"there is no {asked}; allowed: {headers['allow']}"
     code = STATUS_CODES.get(status, "invalid_request")
+    request.app.state.services.metrics.refused.labels(code).inc()
     return JSONResponse(_body(message, INVALID if status < 500 else SERVER, None, code), status, headers=headers)
 
 

@@ -57,6 +57,7 @@ class Exchange:
             if scope["path"].isprintable():
                 await self.app(scope, receive, reply)
             else:  # the router would take a path with a newline behind it for the path without
+                self.metrics.refused.labels(RouteNotFound.code).inc()
                 await errors.response(RouteNotFound("there is no such route"))(scope, receive, reply)
         except ClientDisconnect:
             reply.status = CLIENT_LEFT

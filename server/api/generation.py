@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import structlog
-from anyio import to_thread
 from fastapi import Request
 
 from prefix_store.errors import AntefixError, InvalidRequest
@@ -73,7 +72,7 @@ class Generation:
 async def load_prefix(reference: str, services: Services, caller: Caller) -> ServedPrefix:
     """The prefix behind a reference. Raises what `references.load` raises."""
     with services.metrics.prefix_load.time():
-        return await to_thread.run_sync(references.load, services, reference, caller)
+        return await references.load(services, reference, caller)
 
 
 def virtual_tokens(prefix: ServedPrefix | None) -> int:

@@ -25,11 +25,11 @@ async def ready(services: Serving, store: bool = False) -> Response:
 
     So it stays ready, for else its outage would take every replica away at once; with `store=1` that is 503 too.
     """
-    model, answers = services.loop.is_alive, await services.reach.answers()
-    if services.drain.has_begun:
-        status = "stopping"
-    elif not model:
+    model, answers = services.loop.is_alive, await services.reach.answer() is not None
+    if services.loop.has_failed:
         status = "failed"
+    elif services.drain.has_begun or not model:
+        status = "stopping"
     else:
         status = "ready" if answers else "degraded"
     is_ready = status == "ready" or (status == "degraded" and not store)
@@ -39,4 +39,5 @@ async def ready(services: Serving, store: bool = False) -> Response:
 @router.get("/metrics")
 async def metrics(services: Serving) -> Response:
     """Prometheus's text format."""
-    return Response(await to_thread.run_sync(services.metrics.render), headers={"content-type": CONTENT_TYPE})
+    text = await to_thread.run_sync(services.metrics.render, limiter=services.scraping)
+    return Response(text, headers={"content-type": CONTENT_TYPE})

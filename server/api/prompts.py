@@ -60,7 +60,7 @@ async def from_each(asked: Sequence[str | list[int]], template: str | None, serv
     return [
         await from_text(prompt, template, services)
         if isinstance(prompt, str)
-        else await to_thread.run_sync(from_ids, prompt, services)
+        else await to_thread.run_sync(from_ids, prompt, services, limiter=services.tokenizing)
         for prompt in asked
     ]
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import structlog
-from anyio import to_thread
 from limits.aio.storage import Storage
 from limits.aio.storage.base import SlidingWindowCounterSupport
 from limits.errors import StorageError
@@ -50,13 +49,16 @@ class Rates:
 
     def __init__(
         self,
-        quotas: Callable[[str], Quotas],
+        quotas: Callable[[str], Awaitable[Quotas]],
         storage: Storage | SlidingWindowCounterSupport,
         clock: Callable[[], float],
+        are_away: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`are_away` knows whether there is no use in asking the counters, which may be long in failing."""
         self._read_quotas = quotas
         self._storage: Any = storage
         self._clock = clock
+        self._are_away = are_away
         self._known: dict[str, tuple[float, Quotas]] = {}
         self._running: Counter[str] = Counter()
 
@@ -109,7 +111,7 @@ class Rates:
         quotas = await self._quotas(tenant)
         found: dict[str, str] = {}
         for what, most in (("requests", quotas.requests_per_minute), ("tokens", quotas.tokens_per_minute)):
-            if most is not None:
+            if most is not None and not self._are_away():
                 with _reachable():
                     window = await self._storage.get_sliding_window(_key(what, tenant), MINUTE)
                     found[f"x-ratelimit-limit-{what}"] = str(most)
@@ -122,18 +124,22 @@ class Rates:
         now = self._clock()
         if now >= until:
             with suppress(StoreUnavailable):  # what was known last is good enough until the store is back
-                quotas = await to_thread.run_sync(self._read_quotas, tenant)
+                quotas = await self._read_quotas(tenant)
             self._known[tenant] = now + QUOTAS_SECONDS, quotas
         return quotas
 
     async def _counted(self, what: str, tenant: str, amount: int, most: int) -> bool:
         """Whether there was room."""
+        if self._are_away():
+            return True
         with _reachable():
             return bool(await self._storage.acquire_sliding_window_entry(_key(what, tenant), most, MINUTE, amount))
         return True
 
     async def _wait(self, what: str, tenant: str, most: int) -> float:
         """Seconds until there is room for one; 0 where there is."""
+        if self._are_away():
+            return 0.0
         with _reachable():
             return wait(most, *await self._storage.get_sliding_window(_key(what, tenant), MINUTE))
         return 0.0

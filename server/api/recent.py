@@ -2,27 +2,64 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
+import anyio
 import structlog
+from anyio import to_thread
 
 from prefix_store.errors import AntefixError, StoreUnavailable
 
 # An answer is good for so long after the store gave it, if the store is away.
 GOOD_SECONDS = 300.0
 MOST = 10_000
-# A store that is away is asked again by one request at a time, which may wait long for it.
-PAUSE_SECONDS, PATIENCE_SECONDS = 1.0, 15.0
+# A store that needs longer than that is as good as away, and no request waits longer for it.
+PATIENCE_SECONDS = 2.0
+# How soon one that is away is asked again behind the back of a request that needs no answer.
+PAUSE_SECONDS = 1.0
+# Questions on their way at once: they hold threads of their own, and while the store is away only a few.
+MANY, FEW = 32, 4
 T = TypeVar("T")
 _log = structlog.get_logger("antefix.store")
 
 
+@dataclass
+class _Question(Generic[T]):
+    """`is_left`: nobody waits for it any more, so it need not begin."""
+
+    place: Hashable
+    store: Callable[[], T]
+    is_left: bool = False
+
+
+class _Line:
+    """Questions on their way, in so many threads of their own."""
+
+    def __init__(self, threads: int) -> None:
+        self._limiter = anyio.CapacityLimiter(threads)
+        self.asked: set[asyncio.Task[Any]] = set()  # the event loop itself would not keep them
+
+    def send(self, work: Callable[[_Question[T]], T], question: _Question[T]) -> asyncio.Task[T]:
+        """Has a thread do the work, whether or not anybody waits for it."""
+        asked = asyncio.ensure_future(to_thread.run_sync(work, question, limiter=self._limiter))
+        self.asked.add(asked)
+        asked.add_done_callback(self._arrived)
+        return asked
+
+    def _arrived(self, asked: asyncio.Task[Any]) -> None:
+        self.asked.discard(asked)
+        if not asked.cancelled():
+            asked.exception()  # else asyncio complains of one that nobody waited for
+
+
 class Recent:
-    """Remembers answers by `what` they are about and a key that names the asker. Safe to call from any thread."""
+    """Remembers answers by `what` they are about and a key that names the asker. `forget` may be called anywhere."""
 
     def __init__(
         self, on_use: Callable[[str], object] = lambda what: None, clock: Callable[[], float] = time.monotonic
@@ -35,30 +72,38 @@ class Recent:
         self._forgot = float("-inf")
         self._away = False
         self._ask_again = 0.0
+        self._many, self._few = _Line(MANY), _Line(FEW)
 
-    def ask(
-        self, what: str, key: Hashable, store: Callable[[], T], is_good: Callable[[T], bool] = lambda answer: True
+    @property
+    def is_away(self) -> bool:
+        """Whether the store did not answer lately, or not in time."""
+        return self._away
+
+    async def ask(
+        self,
+        what: str,
+        key: Hashable,
+        store: Callable[[], T],
+        is_good: Callable[[T], bool] = lambda answer: True,
+        *,
+        fresh: bool = False,
     ) -> T:
-        """What `store` returns or raises; while the store is away, what it returned last, if that is still good."""
-        known = self._find((what, key), is_good)
-        if known and self._is_left_alone():
+        """What `store` returns or raises; while the store is away, what it returned last, if that is still good.
+
+        `store` runs in a thread, and what it returns too late is remembered all the same. `fresh` is for what changes
+        something: nothing but an answer of now will do. Raises StoreUnavailable soon where there is no answer.
+        """
+        place = (what, key)
+        known = None if fresh else self._find(place, is_good)
+        if not self._away:
+            return await self._answer_of(_Question(place, store), self._many, what, known)
+        if known:
+            if self._is_time_to_ask():
+                self._few.send(self._put, _Question(place, store))
             return self._use(what, known)
-        begun = self._clock()
-        try:
-            answer = store()
-        except StoreUnavailable:
-            self._set_away(True)
-            if not known:
-                raise
-            return self._use(what, known)
-        except AntefixError:
-            self._set_away(False)
-            with self._lock:
-                self._known.pop((what, key), None)
-            raise
-        self._set_away(False)
-        self._keep((what, key), begun, answer)
-        return answer
+        if len(self._few.asked) >= FEW:
+            raise StoreUnavailable("the store does not answer")
+        return await self._answer_of(_Question(place, store), self._few, what, known)
 
     def forget(self, unwanted: Callable[[Any, Any], bool]) -> None:
         """Forgets answers by their `(what, key)` and what they are, those on their way included."""
@@ -66,6 +111,39 @@ class Recent:
             self._forgot = self._clock()
             for place in [place for place, (_, answer) in self._known.items() if unwanted(place, answer)]:
                 del self._known[place]
+
+    async def _answer_of(self, question: _Question[T], line: _Line, what: str, known: tuple[T] | None) -> T:
+        asked = line.send(self._put, question)
+        await asyncio.wait({asked}, timeout=PATIENCE_SECONDS)
+        try:
+            if asked.done():
+                return asked.result()
+            question.is_left = True
+            self._set_away(True)
+            raise StoreUnavailable(f"the store has not answered within {PATIENCE_SECONDS:g} s")
+        except StoreUnavailable:
+            if not known:
+                raise
+            return self._use(what, known)
+
+    def _put(self, question: _Question[T]) -> T:
+        """Asks the store, in a thread, and remembers what it says."""
+        if question.is_left:
+            raise StoreUnavailable("nobody waits for the answer")
+        begun = self._clock()
+        try:
+            answer = question.store()
+        except StoreUnavailable:
+            self._set_away(True)
+            raise
+        except AntefixError:
+            self._set_away(self._clock() > begun + PATIENCE_SECONDS)
+            with self._lock:
+                self._known.pop(question.place, None)
+            raise
+        self._set_away(self._clock() > begun + PATIENCE_SECONDS)
+        self._keep(question.place, begun, answer)
+        return answer
 
     def _find(self, place: Hashable, is_good: Callable[[Any], bool]) -> tuple[Any] | None:
         with self._lock:
@@ -76,6 +154,8 @@ class Recent:
         with self._lock:
             if at <= self._forgot:
                 return  # it may be from before what was then changed
+            if at < self._known.get(place, (at, None))[0]:
+                return  # a question that was put later has been answered before
             self._known[place] = at, answer
             self._known.move_to_end(place)
             if len(self._known) > MOST:
@@ -85,15 +165,12 @@ class Recent:
         self._on_use(what)
         return known[0]
 
-    def _is_left_alone(self) -> bool:
-        """Whether the store is away and it is not this request that asks whether it is back."""
-        with self._lock:
-            if not self._away:
-                return False
-            if self._clock() < self._ask_again:
-                return True
-            self._ask_again = self._clock() + PATIENCE_SECONDS
+    def _is_time_to_ask(self) -> bool:
+        """Whether nobody asks the store that is away, and nobody did a moment ago."""
+        if self._few.asked or self._clock() < self._ask_again:
             return False
+        self._ask_again = self._clock() + PAUSE_SECONDS
+        return True
 
     def _set_away(self, away: bool) -> None:
         with self._lock:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from anyio import to_thread
+
 from prefix_store.errors import InvalidName, InvalidPrefix, InvalidRequest, PrefixNotFound
 from prefix_store.prefix import PrefixRef, PrefixVersion, check_name
 from server.api.auth import Caller
@@ -49,14 +51,17 @@ def resolve(services: Services, text: str, caller: Caller) -> PrefixVersion:
         return services.store.prefixes.resolve(PrefixRef.parse(text, caller.tenant), caller.tenant)
 
 
-def load(services: Services, text: str, caller: Caller) -> ServedPrefix:
-    """The prefix behind a reference, ready for the engine. Blocking. Raises also what `PrefixLoader.load` raises.
+async def load(services: Services, text: str, caller: Caller) -> ServedPrefix:
+    """The prefix behind a reference, ready for the engine. Raises what `resolve` and `PrefixLoader.load` raise.
 
     While the store is away, the reference means to each tenant what it lately meant.
     """
-    version = services.recent.ask(PREFIX, (caller.tenant, text), lambda: resolve(services, text, caller))
+    version = await services.recent.ask(PREFIX, (caller.tenant, text), lambda: resolve(services, text, caller))
     try:
-        loaded = services.loader.load(version)
+        # what is there needs no thread, of which those that wait for a store may have taken all
+        loaded = services.loader.find(version)
+        if loaded is None:
+            loaded = await to_thread.run_sync(services.loader.load, version)
     except InvalidPrefix as error:
         raise type(error)(error.message, param="prefix_id") from None
     return ServedPrefix(version, loaded.payload, loaded.template, caller.tenant)

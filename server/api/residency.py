@@ -16,7 +16,6 @@ from prefix_store.errors import PrefixNotFound, StoreUnavailable
 from prefix_store.prefix import PrefixRef, PrefixVersion
 from server.api import conditions, references
 from server.api.auth import Caller, Calling
-from server.api.references import ServedPrefix
 from server.api.services import Services, Serving
 
 router = APIRouter(prefix="/v1/prefixes")
@@ -34,7 +33,8 @@ class Holder(NamedTuple):
 async def preload(request: Request, ref: str, services: Serving, caller: Calling) -> dict[str, Any]:
     """Brings a version onto the device, where it stays; answers when it is there."""
     await request.body()
-    prefix = await to_thread.run_sync(_load, services, ref, caller)
+    await to_thread.run_sync(end_outdated, services)  # what other processes deleted must not take the room
+    prefix = await references.load(services, ref, caller)
     version = prefix.version
     there = services.loop.preload(prefix.payload, Holder(caller.tenant, version.ref))
     services.loader.keep(version.digest)
@@ -71,11 +71,6 @@ def end_outdated(services: Services) -> None:
                 _end(services, digest, holder)
             except StoreUnavailable:
                 return
-
-
-def _load(services: Services, ref: str, caller: Caller) -> ServedPrefix:
-    end_outdated(services)  # other processes delete too: what is gone must not take the room
-    return references.load(services, ref, caller)
 
 
 def _end(services: Services, digest: str, holder: Holder) -> None:

@@ -43,7 +43,7 @@ class Services:
     rates: Rates
     recent: Recent
     drain: Drain
-    reach: Reach
+    reach: Reach[None]
     require_prefix: bool
     methods: Sequence[str]
     clock: Callable[[], float]
@@ -54,6 +54,9 @@ class Services:
 
     # one large body at a time: it takes several times its size while it is read
     reading: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
+
+    # threads of its own: those that wait for a store that hangs may have taken all others
+    scraping: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(2))
 
     # one at a time: it reads the whole vocabulary, and runs beside the engine
     inspecting: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
@@ -74,4 +77,9 @@ def services(request: Request) -> Services:
     return found
 
 
-Serving = Annotated[Services, Depends(services)]
+async def _injected(request: Request) -> Services:
+    """The same; FastAPI would call a plain function in a thread, which there may be none for while a store hangs."""
+    return services(request)
+
+
+Serving = Annotated[Services, Depends(_injected)]

@@ -60,22 +60,23 @@ async def verify(request: Request, ref: str, services: Serving, caller: Calling)
 
 
 async def _verify(ref: str, services: Services, caller: Caller) -> dict[str, Any]:
-    prefix = await to_thread.run_sync(references.load, services, ref, caller)
-    others = await to_thread.run_sync(_others, services, caller, prefix)
+    prefix = await references.load(services, ref, caller)
+    others = await _others(services, caller, prefix)
     evidence = await _ask(services, caller, prefix.payload, [other.payload for other in others])
     found = await aside.run(services, partial(_judge, services, prefix, others, evidence))
     return {"object": "prefix.verification", "prefix": prefix.to_json(), **found}
 
 
-def _others(services: Services, caller: Caller, prefix: ServedPrefix) -> list[ServedPrefix]:
-    """Some of the tenant's other prefixes that this model can serve. Blocking."""
+async def _others(services: Services, caller: Caller, prefix: ServedPrefix) -> list[ServedPrefix]:
+    """Some of the tenant's other prefixes that this model can serve."""
     found: list[ServedPrefix] = []
-    versions: list[PrefixVersion] = services.store.prefixes.page(caller.tenant, limit=LOOKED_AT)
+    page = partial(services.store.prefixes.page, caller.tenant, limit=LOOKED_AT)
+    versions: list[PrefixVersion] = await to_thread.run_sync(page)
     for version in versions:
         with suppress(AntefixError):
             has_room = version.virtual_tokens + max(PROMPTS) + ANSWER <= services.frozen.context_length
             if version.digest != prefix.version.digest and has_room and len(found) < NEIGHBOURS:
-                found.append(references.load(services, version.name, caller))
+                found.append(await references.load(services, version.name, caller))
     return found
 
 

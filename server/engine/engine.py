@@ -90,6 +90,10 @@ class Engine:
             _log.warning("steps run without CUDA graphs: %s", error)
             self.runner.run_eagerly()
 
+    def check(self) -> None:
+        """The self-test once more, into slots that nobody may hold now: raises if the device computes no more."""
+        self_test.check(self.runner, self._truths)
+
     def step(self) -> list[TokenEvent]:
         """One whole step; no events when there was nothing to run."""
         expired = self.scheduler.expire()

@@ -78,22 +78,25 @@ class EngineLoop:
         self._aborted: list[str] = []
         self._preloading: list[Preloading] = []
         self._stopping = False
+        self._is_doubtful = False  # a step has failed
+        self.has_failed = False
         self._meter = StepMeter()
         self._slot_bytes = bytes_per_slot(engine.frozen.geometry, engine.frozen.dtype)
         self._is_running = False
         self._ended = threading.Event()
 
     def run(self) -> None:
-        """Takes the calling thread until `stop`, or until the engine fails."""
+        """Takes the calling thread until `stop`, or until the engine fails, after which `has_failed`."""
         self._is_running = True
         try:
             while self._turn():
                 pass
         except Exception:
-            # A scheduler that is wrong about its slots must not go on: end everything with a reason, and say so.
+            # A scheduler that is wrong about its slots, or a device that computes no more, must not go on: end
+            # everything with a reason, and say so.
             _log.exception("the engine has stopped")
             with self._changed:
-                self._stopping = True
+                self._stopping = self.has_failed = True
                 lost = list(self._sinks)
             _settle(self._preloading, GenerationFailed(FAILED))
             self._deliver(
@@ -217,6 +220,9 @@ class EngineLoop:
             plan = self._scheduler.schedule()
             preloading, self._preloading = self._preloading, []
         self._deliver(events + self._step(plan, preloading, begun))
+        if self._is_doubtful:
+            self._engine.check()  # it was the request's fault, or the device will not come back
+            self._is_doubtful = False
         return True
 
     def _has_work(self) -> bool:
@@ -235,6 +241,7 @@ class EngineLoop:
         except Exception as error:
             # Whatever it was, these rows cannot go on: their keys and values may be half written.
             _log.exception("a step failed")
+            self._is_doubtful = True
             failed = f"the engine failed: {type(error).__name__}"
             _settle(preloading, GenerationFailed(failed))
             with self._changed:

@@ -81,6 +81,16 @@ class PrefixLoader:
             self._fill(future, version)
         return future.result()
 
+    def find(self, version: PrefixVersion) -> LoadedPrefix | None:
+        """What `load` would return at once; None where it would read, or wait."""
+        with self._lock:
+            future = self._loaded.get(version.digest)
+            if future is None or not future.done() or future.exception() is not None:
+                return None
+            self._loaded.move_to_end(version.digest)
+            self._hits += 1
+        return future.result()
+
     def keep(self, digest: str) -> None:
         """Has a prefix stay, whatever is loaded after it."""
         with self._lock:

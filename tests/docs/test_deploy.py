@@ -73,6 +73,21 @@ def test_the_page_names_every_service_profile_variable_and_volume() -> None:
     assert set(re.findall(r"antefix_(\w+):", PAGE)) == {"redis", "data"} <= COMPOSE["volumes"].keys()
 
 
+@pytest.mark.parametrize(
+    ("address", "outside"), [("127.0.0.1:8443", ":8443"), ("8443", ":8443"), ("0.0.0.0:443", ""), ("443", "")]
+)
+def test_the_edge_sends_browsers_to_the_port_that_is_open_outside(address: str, outside: str) -> None:
+    text = (ROOT / "docker" / "edge" / "Caddyfile").read_text("utf-8")
+    assert "auto_https disable_redirects" in text
+    assert "redir https://{host}{outside}{uri}" in text
+    rules = re.findall(r'^\t\t~(\S+) "(.*)"$', text.partition("map {$EDGE_HTTPS:443} {outside}")[2], re.MULTILINE)
+    matches = ((re.search(pattern, address), made) for pattern, made in rules)
+    found = next(made.replace("${1}", match[1] if match.groups() else "") for match, made in matches if match)
+    assert found == outside
+    (published, _) = SERVICES["edge"]["ports"]
+    assert published == SERVICES["edge"]["environment"]["EDGE_HTTPS"] + ":443"
+
+
 def test_the_gpu_file_changes_services_that_there_are() -> None:
     changed = yaml.safe_load((ROOT / "docker" / "gpu.yml").read_text("utf-8"))["services"]
     assert changed.keys() == {"server", "trainer"}

@@ -9,14 +9,16 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from prefix_store.errors import GenerationFailed
+from prefix_store.errors import AntefixError, GenerationFailed
 from prefix_store.jobs import JobStatus
 from server.engine.loop import NONE, EngineStats
 from server.engine.prefix_loader import HostStats
+from server.exposition import StoreNumbers
 from server.metrics import Metrics
 from server.scheduler.messages import FinishReason, GenerationRequest, PrefixPayload, TokenEvent, TokenLogprob
 from server.scheduler.preloads import Preloads
 
+FREE_BYTES = 5 << 30
 END = 1  # the token that an answer ends with
 Answer = Callable[[GenerationRequest], list[int]]
 
@@ -41,7 +43,14 @@ def metrics(
     **more: Any,
 ) -> Metrics:
     """Of a server in which nothing happens but what is given."""
-    return Metrics(engine, more.pop("host", host_stats), jobs, overdue, **more)
+
+    def store() -> StoreNumbers | None:
+        try:
+            return StoreNumbers(jobs(), overdue(), FREE_BYTES)
+        except AntefixError:
+            return None
+
+    return Metrics(engine, more.pop("host", host_stats), store, **more)
 
 
 @dataclass
@@ -59,7 +68,7 @@ class FakeLoop:
 
     def __post_init__(self) -> None:
         self.hold.set()
-        self.stopped = False
+        self.stopped = self.has_failed = False
 
     @property
     def is_alive(self) -> bool:

@@ -24,12 +24,14 @@ def ask(listener: socket.socket, method: str, path: str, body: bytes | None = No
 
 
 def test_the_process_is_up_and_not_ready(listener: socket.socket) -> None:
-    with loading.answering(listener):
+    with loading.answering(listener) as meanwhile:
         for path in ("/healthz", "/health"):
             reply, data = ask(listener, "GET", path)
             assert (reply.status, json.loads(data)) == (200, {"status": "ok"})
         reply, data = ask(listener, "GET", "/readyz?store=1")
-        assert (reply.status, json.loads(data)["status"]) == (503, "loading")
+        assert (reply.status, json.loads(data)) == (503, {"status": "loading", "model": False, "store": False})
+        meanwhile.store = True
+        assert json.loads(ask(listener, "GET", "/readyz")[1])["store"] is True
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,7 @@ def test_the_process_is_up_and_not_ready(listener: socket.socket) -> None:
         ("DELETE", "/v1/prefixes/a", None),
         ("PUT", "/v1/prefixes/a/content", b"x"),
         ("PATCH", "/v1/prefixes/a", b"{}"),
+        ("OPTIONS", "/generate", None),
     ],
 )
 def test_everybody_else_is_told_to_come_back(

@@ -10,7 +10,7 @@ from prefix_store.jobs import JobStatus
 from server.busiest import MOST, OTHER, PERIOD_SECONDS
 from server.distribution import Distribution
 from server.metrics import GENERATION, PROMPT, Metrics
-from tests.server.fakes import host_stats, metrics, stats
+from tests.server.fakes import FREE_BYTES, host_stats, metrics, stats
 
 
 def samples(metrics: Metrics) -> dict[str, float]:
@@ -55,6 +55,7 @@ def test_jobs_by_state() -> None:
     assert shown["antefix_jobs|queued"] == 2
     assert shown["antefix_jobs|failed"] == 1
     assert (shown["antefix_jobs_overdue"], shown["antefix_store_up"]) == (3, 1)
+    assert shown["antefix_blobs_free_bytes"] == FREE_BYTES
 
 
 def test_the_engine_is_still_shown_when_the_store_is_away() -> None:
@@ -64,7 +65,7 @@ def test_the_engine_is_still_shown_when_the_store_is_away() -> None:
     shown = samples(metrics(lambda: stats(running=1), away))
     assert shown["antefix_num_requests_running"] == 1
     assert shown["antefix_store_up"] == 0
-    assert not any(name.startswith("antefix_jobs") for name in shown)
+    assert not any(name.startswith(("antefix_jobs", "antefix_blobs")) for name in shown)
 
 
 def test_two_servers_in_one_process_do_not_share_counters() -> None:

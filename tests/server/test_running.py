@@ -80,18 +80,21 @@ def test_an_app_that_does_not_start_ends_the_engine_too(loop: EngineLoop, listen
     assert not loop.is_alive
 
 
-def test_an_engine_that_dies_leaves_http_to_say_so(loop: EngineLoop, listener: socket.socket) -> None:
-    said: list[bool] = []
+def test_an_engine_that_dies_ends_the_server_once_what_runs_is_answered(
+    loop: EngineLoop, listener: socket.socket
+) -> None:
+    drain, seen = Drain(30), []
+    drain.running = 1  # a request
 
-    @asynccontextmanager
-    async def notes(app: FastAPI) -> AsyncIterator[None]:
-        yield
-        said.append(loop.is_alive)
+    def answered() -> None:
+        seen.append((loop.has_failed, drain.has_begun))
+        drain.running = 0
 
     def die() -> int:
-        threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+        threading.Timer(0.3, answered).start()
         return 1 // 0
 
     loop._engine.scheduler.schedule = die  # type: ignore[method-assign]
-    running.run(FastAPI(lifespan=notes), listener, loop, Drain(), lambda: loop.abort("something to do"))
-    assert said == [False]
+    with pytest.raises(SystemExit) as ended:
+        running.run(FastAPI(), listener, loop, drain, lambda: loop.abort("something to do"))
+    assert (ended.value.code, seen) == (1, [(True, True)])

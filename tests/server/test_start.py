@@ -1,10 +1,13 @@
 import asyncio
 import socket
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from prefix_store.errors import ModelUnsupported
+from prefix_store.backends import redis_client
+from prefix_store.errors import ModelUnsupported, StoreUnavailable
 from prefix_store.model import frozen as models
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import PrefixRef
@@ -12,6 +15,7 @@ from prefix_store.store import Store
 from server import loading, start
 from server.engine import int8_linear
 from server.settings import Settings
+from tests import redis_server
 from tests.models import save_tiny
 from tests.server import artefacts
 
@@ -45,9 +49,47 @@ def test_what_is_sent_goes_out_at_once(host: str) -> None:
     assert asyncio.run(nodelay())
 
 
-def test_without_a_key_only_this_machine_is_let_in(store: Store) -> None:
+@pytest.mark.parametrize("how", ["absent", "hangs"])
+def test_a_redis_that_does_not_answer_yet_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    if redis_server.program("redis") is None:
+        pytest.skip("no redis-server for this machine")
+    monkeypatch.setattr(start, "STORE_SECONDS", 0.05)
+    monkeypatch.setattr(redis_client, "TIMEOUT_SECONDS", 0.2)
+    with redis_server.running("redis", tmp_path) as server:
+        comes = server.go_on
+        if how == "hangs":
+            server.hang()
+        else:
+            server.stop()
+            comes = server.start
+        later = threading.Timer(1.0, comes)
+        later.start()
+        begun = time.monotonic()
+        opened = start.open_store(Settings(store=server.url))
+        later.join()
+        assert time.monotonic() - begun > 0.9
+        opened.close()
+    assert capsys.readouterr().out.count("waiting for the store") == 1
+
+
+def test_what_waiting_does_not_mend_is_said_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for store in (f"sqlite:///{tmp_path}/file/store.db", "redis://127.0.0.1:x/0", "http://elsewhere"):
+        with pytest.raises(StoreUnavailable):
+            start.open_store(Settings(store=store))
+
+
+def test_without_a_key_only_this_machine_is_let_in(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert start.check_access(Settings(host="127.0.0.1"), store) is True
-    with pytest.raises(SystemExit, match="antefix key new"):
+    monkeypatch.setattr(start, "CONTAINER_MARKS", (tmp_path / "mark",))
+    with pytest.raises(SystemExit, match="make a key first: antefix key new"):
+        start.check_access(Settings(host="0.0.0.0"), store)
+    (tmp_path / "mark").touch()
+    with pytest.raises(SystemExit, match="`make up` does, or: docker compose run --rm server antefix key new"):
         start.check_access(Settings(host="0.0.0.0"), store)
     store.keys.create("acme", ["generate"])
     assert start.check_access(Settings(host="0.0.0.0"), store) is False

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -25,6 +26,8 @@ PACKAGE = "antefix"
 LITTLE_BYTES, FEW_BYTES = 100 << 20, 1 << 30
 KERNEL = "import torch; from server.engine.attention import native; print(native.is_available(torch.float32))"
 KERNEL_SECONDS = 180.0
+SETTINGS = "from {package} import settings; settings.read()"
+SETTINGS_SECONDS = 60.0
 COMPILERS = ("cc", "gcc", "clang")
 ANSWER_SECONDS = 3.0
 
@@ -52,6 +55,25 @@ def versions() -> Iterator[Finding]:
     if not wrong:
         own = importlib.metadata.version(PACKAGE)
         yield ok("versions", f"antefix {own}, and {len(needed)} packages within its ranges")
+
+
+def settings() -> Iterator[Finding]:
+    """The variables, read by those who will read them: the server and the worker, each in a process of its own."""
+    said: list[str] = []
+    for package in ("server", "trainer"):
+        command = [sys.executable, "-c", SETTINGS.format(package=package)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SETTINGS_SECONDS, check=False)
+        except subprocess.SubprocessError as error:
+            yield problem(
+                "settings", f"the {package}'s cannot be read: {type(error).__name__}; try python -m {package}"
+            )
+            return
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        said += [lines[-1].partition(": ")[2] or lines[-1]] if done.returncode else []
+    yield from (problem("settings", f"{line}: docs/api.md lists what there is") for line in dict.fromkeys(said))
+    if not said:
+        yield ok("settings", "the server and the worker take them")
 
 
 def disks(folders: list[Path]) -> Iterator[Finding]:
@@ -108,16 +130,28 @@ def ports(environment: Mapping[str, str]) -> Iterator[Finding]:
         ("ANTEFIX_PORT", host, "8000", problem),
         ("ANTEFIX_WORKER_METRICS_PORT", environment.get("ANTEFIX_WORKER_METRICS_HOST") or "127.0.0.1", "8001", warning),
     )
+    yield from _the_same(*((name, address, environment.get(name) or default) for name, address, default, _ in asked))
     for name, address, default, bad in asked:
         text = environment.get(name) or default
         if not text.isascii() or not text.isdigit() or int(text) > 65535:
             yield problem("ports", f"{name}={text[:20]!r} is no port: set it to a number up to 65535")
+        elif not _is_ours(address):
+            name = name.replace("PORT", "HOST")
+            yield bad("ports", f"{name}={address} is no address of this machine: set it to one, or to 127.0.0.1")
         elif int(text) == 0 or _is_free(address, int(text)):
             yield ok("ports", f"{address}:{text} is free")
         elif _is_antefix(address, int(text)):
             yield ok("ports", f"antefix answers at {address}:{text}")
         else:
             yield bad("ports", f"{address}:{text} cannot be had, another program may have it: set {name} to another")
+
+
+def _the_same(*asked: tuple[str, str, str]) -> Iterator[Finding]:
+    """Of two that would listen at one place, the second cannot."""
+    (first, host, port), (second, other_host, other_port) = asked
+    meet = host == other_host or {host, other_host} & {"0.0.0.0", "::"}
+    if port == other_port != "0" and meet:
+        yield problem("ports", f"{first} and {second} are both {port}: set one of them to another")
 
 
 def _no_gpu() -> str:
@@ -151,6 +185,16 @@ def _kernel() -> Finding:
     )
 
 
+def _is_ours(host: str) -> bool:
+    """Whether a server could listen there, at whatever port."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError:
+            return False
+    return True
+
+
 def _is_free(host: str, port: int) -> bool:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -158,16 +202,20 @@ def _is_free(host: str, port: int) -> bool:
             probe.bind((host, port))
             probe.listen()
         except OSError as error:
-            return error.errno not in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL)
+            return error.errno not in (errno.EADDRINUSE, errno.EACCES)
     return True
 
 
 def _is_antefix(host: str, port: int) -> bool:
     """Whether what listens there has our metrics or our health route."""
-    name = f"[{host}]" if ":" in host else {"0.0.0.0": "127.0.0.1"}.get(host, host)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    name = f"[{host}]" if ":" in host else host
     try:
-        if httpx.get(f"http://{name}:{port}/healthz", timeout=ANSWER_SECONDS).text == '{"status":"ok"}':
-            return True
-        return "antefix_worker_" in httpx.get(f"http://{name}:{port}/metrics", timeout=ANSWER_SECONDS).text
+        # by no proxy, which would look for this machine's ports on its own
+        with httpx.Client(base_url=f"http://{name}:{port}", timeout=ANSWER_SECONDS, trust_env=False) as client:
+            with suppress(ValueError):
+                if client.get("/healthz").json() == {"status": "ok"}:
+                    return True
+            return "antefix_worker_" in client.get("/metrics").text
     except httpx.HTTPError:
         return False

@@ -32,6 +32,27 @@ def is_absent(address: str) -> bool:
     return address.startswith(SQLITE) and not Path(address.removeprefix(SQLITE)).is_file()
 
 
+def to_be_made(address: str) -> Finding:
+    """Whether `antefix serve` can make an embedded store that is absent."""
+    folder = Path(address.removeprefix(SQLITE)).absolute().parent
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        return problem("store", f"there is none at {address}, and none can be made in {there}: {_hand_over(there)}")
+    return warning("store", f"there is none at {address}; ANTEFIX_STORE says where, and antefix serve makes it")
+
+
+def closed(error: AntefixError) -> Finding:
+    """A store that cannot be opened."""
+    cause = error.__cause__
+    if isinstance(cause, PermissionError) and cause.filename is not None:
+        return problem("store", f"{error.message}: {_hand_over(Path(cause.filename))}")
+    return problem("store", f"{error.message}: ANTEFIX_STORE and ANTEFIX_BLOBS say where it is")
+
+
+def _hand_over(path: Path) -> str:
+    return f"run antefix as the user that owns it, or give it to user {os.geteuid()} (chown -R, chmod u+rwX {path})"
+
+
 def look(store: Store, address: str, host: str, say: Callable[[int, int], None]) -> Iterator[Finding]:
     """Everything about a store that could be opened. Changes nothing that lasts."""
     yield _writable(store)
@@ -65,7 +86,7 @@ def _writable(store: Store) -> Finding:
 
 
 def _permissions(store: Store, address: str) -> Iterator[Finding]:
-    paths = [path for path in folders(store, address) if path.name == "blobs"]
+    paths = [store.blobs.root] if isinstance(store.blobs, FolderBlobs) else []
     if address.startswith(SQLITE):
         path = Path(address.removeprefix(SQLITE)).absolute()
         paths += [path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))]
@@ -134,6 +155,12 @@ def _contents(store: Store, say: Callable[[int, int], None]) -> Iterator[Finding
         return
     yield from (warning("contents", line) for line in report.warnings)
     yield from (problem("contents", line) for line in report.faults)
+    if any("blob" in line for line in report.faults):
+        yield warning(
+            "contents",
+            "what a damaged or missing blob belongs to cannot be used: put the blob folder of a backup over this one, "
+            "or upload (train) it again, which also mends other versions of the same content, or delete it",
+        )
     if not report.faults:
         yield ok("contents", "database, files, names and counts are whole")
     sys.stdout.flush()

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from prefix_store.cli import columns, compare
+from prefix_store.errors import GenerationFailed
 from prefix_store.model.prompt import encode
 from tests.models import random_kv
 from tests.prefix_store.cli.conftest import ANSWER, HOSTILE, SPELT, Antefix, Instead, Running
@@ -87,7 +88,7 @@ def test_one_bad_prefix_is_an_error_and_the_others_go_on(antefix: Antefix) -> No
 def test_what_came_before_an_error_is_shown_and_an_error_of_all_is_said_once(
     antefix: Antefix, running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(running.loop, "failure", "the device is gone")
+    monkeypatch.setattr(running.loop, "failure", GenerationFailed("the device is gone"))
     result = antefix("compare", "hi", "--bare", "--prefix", "one")
     assert f"{ANSWER}\nerror: the device is gone\n" in result.stdout
     assert (result.exit_code, result.stderr) == (1, "antefix: the device is gone\n")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,13 +21,14 @@ from prefix_store.cli.checks import finding, machine, model, storage
 from prefix_store.cli.checks.finding import Finding, Level
 from prefix_store.store import Store
 from tests import redis_server
+from tests.e2e.processes import free_port
 from tests.models import save_tiny
 from tests.prefix_store.cli.conftest import Antefix
 from tests.prefix_store.samples import manifest, tensors
 
 SECRET = "hunter2-secret"
 # On whom each of these depends is none of the store's tests' business; they have tests of their own.
-ELSEWHERE = {"versions": machine.versions, "device": machine.device, "ports": machine.ports, "look": model.look}
+ELSEWHERE = {"versions": machine, "settings": machine, "device": machine, "ports": machine, "look": model}
 
 
 @pytest.fixture
@@ -41,8 +44,8 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
 @pytest.fixture
 def of_the_store(antefix: Antefix, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Result]:
     """The command without what it says of the machine and the model."""
-    for name in ELSEWHERE:
-        monkeypatch.setattr(model if name == "look" else machine, name, lambda *_: iter(()))
+    for name, module in ELSEWHERE.items():
+        monkeypatch.setattr(module, name, lambda *_: iter(()))
     return lambda: antefix("doctor")
 
 
@@ -71,6 +74,7 @@ def test_a_machine_where_all_is_well(antefix: Antefix, store: Store, tmp_path: P
     subjects = [line.split(":")[1].strip() for line in result.stdout.splitlines()]
     for subject in (
         "versions",
+        "settings",
         "device",
         "model",
         "disk",
@@ -142,6 +146,7 @@ def test_what_is_damaged_lost_or_miscounted_is_named(
     result = of_the_store()
     faults = lines(result, Level.PROBLEM)
     assert (result.exit_code, len(faults)) == (1, 5)
+    assert any("backup" in line and "upload" in line for line in lines(result, Level.WARNING))
     expected = ["lost@1: blob", "support@1: blob", "acme/odd: the current", "prefixes: counted 3, found 4"]
     for fault, said in zip(faults, [*expected, "bytes: counted 1"], strict=True):
         assert said in fault
@@ -155,6 +160,33 @@ def test_a_folder_that_cannot_be_written_is_a_problem(
     result = of_the_store()
     assert result.exit_code == 1
     assert any(line.startswith("problem: store: ") for line in lines(result, Level.PROBLEM))
+
+
+def test_where_no_store_can_be_made_is_a_problem(
+    of_the_store: Callable[[], Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANTEFIX_STORE", f"sqlite:///{tmp_path}/absent/store.db")
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and may(path, mode))
+    result = of_the_store()
+    [line] = lines(result, Level.PROBLEM)
+    assert (result.exit_code, f"none can be made in {tmp_path}: run antefix as the user" in line) == (1, True)
+
+
+def test_a_folder_without_rights_is_a_problem_that_says_whose_it_should_be(
+    of_the_store: Callable[[], Result], store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir = Path.mkdir
+
+    def refused(path: Path, *more: Any, **named: Any) -> None:
+        if path.is_relative_to(tmp_path / "blobs"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        mkdir(path, *more, **named)
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    result = of_the_store()
+    [line] = lines(result, Level.PROBLEM)
+    assert (result.exit_code, f"chown -R, chmod u+rwX {tmp_path / 'blobs'}" in line) == (1, True)
 
 
 def test_a_disk_that_fills_up_is_found_by_writing(
@@ -176,6 +208,17 @@ def test_what_others_may_read_is_a_warning(of_the_store: Callable[[], Result], s
     assert result.exit_code == 0
     for path in ("store.db", "blobs"):
         assert any(f"chmod -R go-rwx {tmp_path / path}" in line for line in warned)
+
+
+def test_a_blob_folder_of_any_name_is_looked_at(
+    of_the_store: Callable[[], Result], store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "redis-blobs"
+    (tmp_path / "blobs").rename(folder)
+    monkeypatch.setenv("ANTEFIX_BLOBS", f"file://{folder}")
+    folder.chmod(0o777)
+    warned = lines(of_the_store(), Level.WARNING)
+    assert any(f"chmod -R go-rwx {folder}" in line for line in warned)
 
 
 def test_what_is_another_users_is_said(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,8 +390,12 @@ class Answering(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize(("text", "level"), [('{"status":"ok"}', Level.OK), ("hello", Level.PROBLEM)])
-def test_a_port_that_is_taken_is_fine_if_it_is_by_us(text: str, level: Level) -> None:
+@pytest.mark.parametrize(
+    ("text", "level"),
+    [('{"status":"ok"}', Level.OK), ('{"status": "ok"}', Level.OK), ("hello", Level.PROBLEM), ("[1]", Level.PROBLEM)],
+)
+def test_a_port_that_is_taken_is_fine_if_it_is_by_us(text: str, level: Level, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     handler = type("Handler", (Answering,), {"text": text})
     with HTTPServer(("127.0.0.1", 0), handler) as taken:
         threading.Thread(target=taken.serve_forever, daemon=True).start()
@@ -369,6 +416,40 @@ def test_the_workers_port_is_only_a_warning_and_no_number_is_a_problem() -> None
         finally:
             machine.ANSWER_SECONDS = machine_seconds
     assert (server.level, worker.level) == (Level.PROBLEM, Level.WARNING)
+
+
+def test_two_that_would_listen_at_one_place_are_a_problem() -> None:
+    found = list(machine.ports({"ANTEFIX_PORT": "0", "ANTEFIX_WORKER_METRICS_PORT": "0"}))
+    assert [each.level for each in found] == [Level.OK, Level.OK]
+    port = str(free_port())
+    both = {"ANTEFIX_PORT": port, "ANTEFIX_WORKER_METRICS_PORT": port}
+    for host in ("127.0.0.1", "0.0.0.0"):
+        one = next(machine.ports({**both, "ANTEFIX_HOST": host}))
+        assert (one.level, "are both" in one.text) == (Level.PROBLEM, True)
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.1"])
+def test_a_host_that_is_not_this_machine_is_a_problem(host: str) -> None:
+    server, _ = machine.ports({"ANTEFIX_HOST": host, "ANTEFIX_PORT": "0", "ANTEFIX_WORKER_METRICS_PORT": "0"})
+    assert (server.level, f"ANTEFIX_HOST={host} is no address of this machine" in server.text) == (Level.PROBLEM, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("ANTEFIX_DTYPE", "foo", "ANTEFIX_DTYPE='foo'"),
+        ("ANTEFIX_MAX_BATCH", "0", "ANTEFIX_MAX_BATCH='0'"),
+        ("ANTEFIX_KV_SLOT", "5", "did you mean ANTEFIX_KV_SLOTS?"),
+        ("ANTEFIX_DEVICE", "gpu", "ANTEFIX_DEVICE='gpu'"),
+        ("ANTEFIX_TRAIN_MEMORY_MB", "-1", "ANTEFIX_TRAIN_MEMORY_MB='-1'"),
+    ],
+)
+def test_a_setting_that_the_server_or_the_worker_refuses_is_a_problem(
+    store: Store, monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    found = only(machine.settings())
+    assert (found.level, said in found.text) == (Level.PROBLEM, True), found.text
 
 
 def test_the_command_names_no_secret(

@@ -3,6 +3,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from prefix_store.errors import GenerationFailed
 from tests.prefix_store.cli.conftest import ANSWER, Antefix, Instead, Running
 from tests.server import artefacts
 
@@ -34,7 +35,7 @@ def test_an_unknown_prefix_is_an_error(antefix: Antefix) -> None:
 def test_an_error_in_mid_text_begins_a_line(
     antefix: Antefix, running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(running.loop, "failure", "the device is gone")
+    monkeypatch.setattr(running.loop, "failure", GenerationFailed("the device is gone"))
     result = antefix("generate", "hi")
     assert (result.exit_code, result.stdout) == (1, f"{ANSWER}\n")
     assert result.stderr == "antefix: the device is gone\n"

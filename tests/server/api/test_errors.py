@@ -55,6 +55,7 @@ def test_the_framework_s_own_errors_have_our_shape(
 ) -> None:
     reply = client.request(method, path)
     assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
+    assert f'antefix_requests_refused_total{{code="{code}"}} 1.0' in client.get("/metrics").text
     error = reply.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     if status != 400:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -162,3 +163,57 @@ def test_what_was_known_is_not_known_for_ever(
     assert anyone.generate("support") == (200, 1)
     server.stop()
     assert away(anyone.generate("support"))
+
+
+def test_while_the_store_hangs_what_is_known_is_answered_at_once_and_the_rest_refused(
+    serve: Serve, store: Store, server: RedisServer, frozen: FrozenModel
+) -> None:
+    """In one event loop, as a real server has it; here all of its threads could be taken by those that wait."""
+    with serve(counters_url=server.url) as client:
+        acme, scraper = tenant(client, store, "acme"), tenant(client, store, "acme", "metrics")
+        store.tenants.set_quotas("acme", {"requests_per_minute": 10_000})
+        assert acme.upload("support", artefacts.native(frozen, LENGTH)) == (201, None)
+        assert acme.generate("support") == (200, 1)
+        assert client.get("/metrics", headers=scraper.headers).status_code == 200
+        strangers = [Tenant(client, {"x-api-key": f"afx_{number:08}_{'b' * 43}"}) for number in range(120)]
+
+        server.hang()
+        try:
+            with ThreadPoolExecutor(len(strangers)) as pool:
+                begun = time.monotonic()
+                waiting = [pool.submit(stranger.generate) for stranger in strangers]
+                assert acme.generate("support") == (200, 1)
+                assert time.monotonic() - begun < 2 * recent.PATIENCE_SECONDS, "the first finds out"
+                assert {each.result() for each in waiting} == {(503, "store_unavailable")}
+                begun = time.monotonic()
+                writing = [pool.submit(stranger.upload, "x", b"x") for stranger in strangers]
+                for _ in range(5):
+                    assert acme.generate("support") == (200, 1)
+                assert time.monotonic() - begun < recent.PATIENCE_SECONDS
+                begun = time.monotonic()
+                scraped = client.get("/metrics", headers=scraper.headers)
+                assert time.monotonic() - begun < 5, "Prometheus waits ten seconds"
+                assert (scraped.status_code, "\nantefix_store_up 0.0\n" in scraped.text) == (200, True)
+                assert "antefix_num_requests_running" in scraped.text
+                assert client.get("/readyz").json()["status"] == "degraded"
+                assert {each.result() for each in writing} == {(503, "store_unavailable")}
+                # those of a known key wait for the store itself, in threads that nobody else needs
+                listing = [pool.submit(acme.status, "GET", "/v1/prefixes") for _ in range(60)]
+                time.sleep(0.5)
+                begun = time.monotonic()
+                assert acme.generate("support") == (200, 1)
+                assert client.get("/metrics", headers=scraper.headers).status_code == 200
+                assert client.get("/readyz").json()["status"] == "degraded"
+                assert time.monotonic() - begun < 5
+                server.go_on()
+                assert {each.result() for each in listing} == {(200, None)}
+        finally:
+            server.go_on()
+        time.sleep(recent.PAUSE_SECONDS)
+        acme.generate("support")
+        time.sleep(0.5)
+        assert acme.upload("support", artefacts.native(frozen, LENGTH, 1)) == (201, None)
+        assert acme.generate("support") == (200, 2)
+        assert "\nantefix_store_up 1.0\n" in client.get("/metrics", headers=scraper.headers).text
+        assert client.portal is not None
+        client.portal.call(client.app.state.services.rates._storage.bridge.storage.aclose)  # type: ignore[attr-defined]

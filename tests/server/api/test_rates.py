@@ -1,7 +1,7 @@
 import math
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -30,8 +30,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
+def always(**quotas: int) -> Callable[[str], Awaitable[Quotas]]:
+    async def read(tenant: str) -> Quotas:
+        return Quotas(**quotas)
+
+    return read
+
+
 def rates(clock: Clock, **quotas: int) -> Rates:
-    return Rates(lambda tenant: Quotas(**quotas), counters(None), clock)
+    return Rates(always(**quotas), counters(None), clock)
 
 
 async def admitted(of: Rates, tenant: str = "acme", tries: int = 20) -> int:
@@ -129,7 +136,7 @@ async def test_sequences_that_run_are_counted_until_they_end(clock: Clock) -> No
 async def test_quotas_are_read_now_and_then_and_remembered_while_the_store_is_away(clock: Clock) -> None:
     answers: list[Any] = [Quotas(concurrent_sequences=0), StoreUnavailable("gone"), Quotas()]
 
-    def quotas(tenant: str) -> Quotas:
+    async def quotas(tenant: str) -> Quotas:
         answer = answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
@@ -223,8 +230,7 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis_server.Red
 @pytest.mark.anyio
 async def test_servers_of_one_redis_share_the_count(redis: redis_server.RedisServer) -> None:
     servers = [
-        Rates(lambda tenant: Quotas(requests_per_minute=6, tokens_per_minute=10), counters(redis.url), Clock())
-        for _ in range(2)
+        Rates(always(requests_per_minute=6, tokens_per_minute=10), counters(redis.url), Clock()) for _ in range(2)
     ]
     assert [await admitted(server, tries=4) for server in servers] == [4, 2]
     with pytest.raises(RateLimited) as caught:
@@ -238,10 +244,19 @@ async def test_servers_of_one_redis_share_the_count(redis: redis_server.RedisSer
 
 @pytest.mark.anyio
 async def test_where_the_count_cannot_be_reached_nobody_is_refused(tmp_path: Path) -> None:
-    made = Rates(lambda tenant: Quotas(requests_per_minute=1), counters(f"unix://{tmp_path}/none"), Clock())
+    made = Rates(always(requests_per_minute=1), counters(f"unix://{tmp_path}/none"), Clock())
     assert await admitted(made, tries=3) == 3
     assert math.isfinite(await made._wait("requests", "acme", 1))
     await close([made])
+
+
+@pytest.mark.anyio
+async def test_counters_that_are_known_to_be_away_are_not_asked(clock: Clock) -> None:
+    made = Rates(always(requests_per_minute=1, tokens_per_minute=1), None, clock, lambda: True)  # type: ignore[arg-type]
+    assert await admitted(made, tries=3) == 3
+    await made.start("acme", 1, 5)
+    await made.count_generated("acme", 5)
+    assert await made.headers("acme") == {}
 
 
 async def close(servers: list[Rates]) -> None:
@@ -309,6 +324,6 @@ async def test_what_is_left_and_when_all_of_it_is_there_again_are_true(clock: Cl
 
 @pytest.mark.anyio
 async def test_where_the_count_cannot_be_reached_nothing_is_said(tmp_path: Path) -> None:
-    made = Rates(lambda tenant: Quotas(requests_per_minute=1), counters(f"unix://{tmp_path}/none"), Clock())
+    made = Rates(always(requests_per_minute=1), counters(f"unix://{tmp_path}/none"), Clock())
     assert await made.headers("acme") == {}
     await close([made])

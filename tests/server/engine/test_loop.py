@@ -111,7 +111,7 @@ def test_a_broken_step_fails_its_rows_and_the_next_request_is_right(loop, engine
         raise RuntimeError("device lost")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.runner, "run", broken)
+        patch.setattr(engine, "compute", broken)
         _, last = collect(submit(loop, request("broken", prefix=prefix)))
     assert last.finish_reason is FinishReason.ERROR
     assert "RuntimeError" in last.error.message
@@ -129,7 +129,44 @@ def test_a_loop_that_dies_answers_everyone_and_says_so(engine, monkeypatch, capl
     assert "must be restarted" in last.error.message
     assert "ZeroDivisionError" in caplog.text
     loop.stop()
-    assert not loop.is_alive
+    assert (loop.is_alive, loop.has_failed) == (False, True)
+
+
+def test_a_request_that_breaks_every_step_it_is_in_ends_nothing_else(loop, engine, monkeypatch):
+    compute = engine.compute
+
+    def broken(rows):
+        if any(row.sequence.request.id.startswith("poison") for row in rows):
+            raise RuntimeError("an index is out of range")
+        return compute(rows)
+
+    expected, _ = collect(submit(loop, request("before")))
+    monkeypatch.setattr(engine, "compute", broken)
+    for number in range(10):
+        assert collect(submit(loop, request(f"poison {number}")))[1].finish_reason is FinishReason.ERROR
+    assert (loop.is_alive, loop.has_failed) == (True, False)
+    assert collect(submit(loop, request("after")))[0] == expected
+
+
+@pytest.mark.parametrize("is_wrong", [True, False])
+def test_an_engine_whose_device_computes_no_more_is_given_up(engine, monkeypatch, caplog, is_wrong):
+    loop = loops.running(engine)
+    run = engine.runner.run
+
+    def broken(batch):
+        if is_wrong and not any(selection.row.sequence.request.id == "lost" for selection in batch.selections):
+            return -run(batch)
+        raise RuntimeError("device lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "run", broken)
+        assert collect(submit(loop, request("lost")))[1].finish_reason is FinishReason.ERROR
+        assert loop._ended.wait(20)
+    assert (loop.is_alive, loop.has_failed) == (False, True)
+    assert ("would be served wrong" if is_wrong else "device lost") in caplog.text
+    with pytest.raises(GenerationFailed):
+        submit(loop, request("after"))
+    loop.stop()
 
 
 def test_a_listener_that_raises_harms_nobody_else(loop, caplog):
@@ -206,8 +243,9 @@ def test_who_runs_and_waits_is_known_by_tenant(loop):
 
 def test_a_preload_that_fails_says_so_and_the_engine_goes_on(loop, engine, monkeypatch, caplog):
     prefix = PrefixPayload("lost", 4, 4, True, random_kv(engine.frozen, 4))
+    apply = engine.pool.apply
     with monkeypatch.context() as patch:
-        patch.setattr(engine.pool, "apply", lambda transfer: 1 / 0)
+        patch.setattr(engine.pool, "apply", lambda t: 1 / 0 if t.payload is prefix else apply(t))
         with pytest.raises(GenerationFailed, match="ZeroDivisionError"):
             loop.preload(prefix, "me").result(timeout=20)
     assert "a step failed" in caplog.text

@@ -40,6 +40,17 @@ def test_what_was_not_asked_for_the_longest_goes(store: Store, versions: list[Pr
     assert held(loader, versions) == [2, 3]
 
 
+def test_what_is_there_is_found_and_what_is_not_is_not_read(store: Store, versions: list[PrefixVersion]) -> None:
+    loader = PrefixLoader(store.prefixes, FROZEN, 2 * SIZE)
+    assert loader.find(versions[0]) is None
+    loaded = [loader.load(versions[index]) for index in (0, 1)]
+    assert loader.find(versions[0]) is loaded[0]
+    loader.load(versions[2])
+    assert held(loader, versions) == [0, 2], "to find one is to ask for it"
+    stats = loader.stats()
+    assert (stats.prefix_hits, stats.prefix_misses) == (1, 3)
+
+
 def test_what_is_kept_stands_beside_the_budget(store: Store, versions: list[PrefixVersion]) -> None:
     loader = PrefixLoader(store.prefixes, FROZEN, 2 * SIZE)
     loader.keep(versions[0].digest)
