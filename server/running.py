@@ -15,21 +15,33 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
+from typing import Protocol as Interface
 
 import torch
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from server.api.drain import Drain
 from server.api.wire import Protocol
-from server.engine.loop import EngineLoop
 
 # What running requests get to finish in at Ctrl-C; `Drain` knows what they get at SIGTERM.
 SHUTDOWN_SECONDS = 1
 POLL_SECONDS = 0.05
 
 
-def run(app: FastAPI, listener: socket.socket, loop: EngineLoop, drain: Drain, on_ready: Callable[[], None]) -> None:
+class Loop(Interface):
+    """What the main thread does. `has_failed`: it ended, and not because of `stop`."""
+
+    has_failed: bool
+
+    def run(self) -> None:
+        """Until `stop`."""
+
+    def stop(self) -> None:
+        """From any thread."""
+
+
+def run(app: ASGIApp, listener: socket.socket, loop: Loop, drain: Drain, on_ready: Callable[[], None]) -> None:
     """Runs the engine in the calling thread, the main one; `on_ready` is called when HTTP answers.
 
     SIGTERM drains; SIGINT, and any second signal, ends it. An engine that fails drains too, for a new process helps and
@@ -59,7 +71,7 @@ def run(app: FastAPI, listener: socket.socket, loop: EngineLoop, drain: Drain, o
         raise SystemExit(1)
 
 
-def _answer(server: uvicorn.Server, listener: socket.socket, loop: EngineLoop) -> None:
+def _answer(server: uvicorn.Server, listener: socket.socket, loop: Loop) -> None:
     torch.set_num_threads(1)  # of this thread, and of each that has not computed yet
     try:
         with suppress(SystemExit):  # of a start that failed, after uvicorn has logged why; `run` sees it
@@ -71,7 +83,7 @@ def _answer(server: uvicorn.Server, listener: socket.socket, loop: EngineLoop) -
 class _Server(uvicorn.Server):
     """Says when it answers, not before; when it stops, what still runs after a while is told so."""
 
-    def __init__(self, config: uvicorn.Config, loop: EngineLoop, drain: Drain, on_ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, loop: Loop, drain: Drain, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
         self._loop = loop
         self._drain = drain

@@ -83,10 +83,9 @@ def read() -> Settings:
         raise SystemExit(f"antefix: {name}={str(first['input'])[:80]!r}: {reason}") from None
 
 
-def variables() -> dict[str, str]:
-    """The server's variables as they are set, for servers on other machines."""
-    known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
-    return {name: value for name, value in os.environ.items() if name in known}
+def environment_at(host: str, port: int) -> dict[str, str]:
+    """This process's environment for a server at another address."""
+    return {**os.environ, f"{PREFIX}HOST": host, f"{PREFIX}PORT": str(port)}
 
 
 def _refuse_unknown(environment: Mapping[str, str]) -> None:

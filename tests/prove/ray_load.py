@@ -100,7 +100,7 @@ def processes(launcher: int) -> dict[int, int]:
     found = {}
     for pid, parent in parents.items():
         above = list(itertools.takewhile(lambda one: one > 1, _chain(parents, pid)))
-        if launcher in above and _arguments(pid).endswith("-m server") and ACTOR in _arguments(parent):
+        if launcher in above and " -m server --ready-fd" in _arguments(pid) and ACTOR in _arguments(parent):
             found[pid] = parent
     return found
 

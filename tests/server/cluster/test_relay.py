@@ -10,38 +10,36 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
-import httpx
 import pytest
-from starlette.requests import Request
 from starlette.types import Message
 
+from server.api.drain import Drain
 from server.api.limits import JSON_BYTES
-from server.cluster.relay import TRIES, Relay
+from server.cluster.front import Front
+from server.cluster.relay import TRIES
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nx-request-id: 7\r\ncontent-type: application/json\r\n\r\n{}"
-BUSY = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 4\r\nretry-after: 1\r\n\r\nbusy"
 WRONG = b"HTTP/1.1 404 Not Found\r\ncontent-length: 5\r\n\r\nwrong"
 CUT = b"HTTP/1.1 200 OK\r\ncontent-length: 20\r\ncontent-type: application/json\r\n\r\n{"
 STREAM = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ncontent-type: text/event-stream\r\n\r\n"
 BEGUN = STREAM + b"8\r\ndata: 1\n\r\n"
 
 
+def refusing(code: str) -> bytes:
+    body = json.dumps({"error": {"message": "no", "type": "server_error", "param": None, "code": code}}).encode()
+    return b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: %d\r\nretry-after: 1\r\n\r\n%s" % (len(body), body)
+
+
+STOPPING, FULL, STORELESS = map(refusing, ("shutting_down", "out_of_memory", "store_unavailable"))
+
+
 @dataclass
 class Servers:
-    """Each answers every request with the same bytes, and closes; the front asks them in their order."""
+    """Each answers every request with the same bytes, and closes; they are asked in their order."""
 
     answers: Sequence[bytes | None]
-    client: httpx.AsyncClient
     urls: list[str] = field(default_factory=list)
     heard: list[tuple[int, bytes]] = field(default_factory=list)
-
-    async def key(self, request: Request, body: bytes) -> str | None:
-        return None
-
-    @asynccontextmanager
-    async def replica(self, key: str | None, avoided: list[str]) -> AsyncIterator[dict[str, str]]:
-        number = next(number for number in range(len(self.urls)) if str(number) not in avoided)
-        yield {"name": str(number), "url": self.urls[number]}
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:
@@ -74,17 +72,17 @@ async def ask(
     pieces = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> Message:
-        return pieces.pop(0)
+        return pieces.pop(0) if pieces else await asyncio.Future()
 
     async def send(message: Message) -> None:
         sent.append(message)
 
     headers = [(b"host", b"here"), (b"content-length", str(len(body)).encode()), (b"te", b"trailers")]
     scope = {"type": "http", "method": method, "path": path, "query_string": b"a=1", "headers": headers}
-    async with httpx.AsyncClient(trust_env=False) as client:
-        servers = Servers(answers, client)
-        async with servers.listening():
-            await Relay(servers, Request(scope, receive))(scope, receive, send)
+    front, servers = Front(lambda requests: {}, Drain()), Servers(answers)
+    async with front.client, servers.listening():
+        front.places = {str(number): url for number, url in enumerate(servers.urls)}
+        await front(scope, receive, send)
     start = sent[0]
     names = {name.decode(): value.decode() for name, value in start["headers"]}
     return start["status"], names, b"".join(message.get("body", b"") for message in sent[1:]), servers.heard
@@ -98,7 +96,8 @@ def code(body: bytes) -> str:
 async def test_a_reply_goes_through_with_its_replica_and_without_what_is_of_the_hop() -> None:
     status, headers, body, heard = await ask([OK])
     assert (status, body) == (200, b"{}")
-    assert headers == {"content-length": "2", "content-type": "application/json", "x-antefix-replica": "0"}
+    assert headers.pop("x-antefix-replica") == "0"
+    assert headers == {"content-length": "2", "content-type": "application/json", "x-request-id": "7"}
     head, _, content = heard[0][1].partition(b"\r\n\r\n")
     assert head.startswith(b"POST /generate?a=1 HTTP/1.1\r\nhost: here\r\n")
     assert b"te:" not in head
@@ -107,7 +106,9 @@ async def test_a_reply_goes_through_with_its_replica_and_without_what_is_of_the_
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(
-    "lost", [b"", BUSY, CUT, STREAM, None], ids=["reset", "503", "half a reply", "no token", "gone"]
+    "lost",
+    [b"", STOPPING, FULL, CUT, STREAM, None],
+    ids=["reset", "stopping", "full", "half a reply", "no token", "gone"],
 )
 async def test_what_has_sent_nothing_is_asked_of_another(lost: bytes | None) -> None:
     status, headers, body, heard = await ask([lost, OK])
@@ -127,7 +128,16 @@ async def test_after_three_tries_the_client_is_told_to_repeat() -> None:
     status, headers, body, heard = await ask([b""] * (TRIES + 1))
     assert (status, code(body), headers["retry-after"]) == (503, "replica_lost", "1")
     assert len(heard) == TRIES
-    assert (await ask([BUSY] * TRIES))[0::2] == (503, b"busy")
+    status, _, body, heard = await ask([STOPPING] * (TRIES + 1))
+    assert (status, code(body), len(heard)) == (503, "shutting_down", TRIES)
+
+
+@pytest.mark.anyio
+async def test_what_no_other_replica_can_help_with_is_passed_on_at_once() -> None:
+    status, _, body, heard = await ask([STORELESS, OK])
+    assert (status, code(body), len(heard)) == (503, "store_unavailable", 1)
+    status, _, body, heard = await ask([FULL])
+    assert (status, code(body), len(heard)) == (503, "out_of_memory", 1)
 
 
 @pytest.mark.anyio
