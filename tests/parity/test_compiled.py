@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from server.engine import attention, fused, linear, step_graphs
+from server.engine import attention
 from server.engine.engine import Engine
 from tests.models import FAMILIES, random_memory, tiny_frozen, tiny_model
 from tests.parity.harness import TOLERANCE, alone, make_engine, memory_payload, run_mixed, sampled, worst_difference
@@ -21,12 +21,7 @@ LIMITS = {"slots": 400, "rows": 9, "step_tokens": 32}
 
 @pytest.fixture(autouse=True)
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a GPU has: a backend that reads lists where they lie, and none of the kernels that are for the CPU."""
-    monkeypatch.setitem(attention.BACKENDS, listed.NAME, listed.attend)
-    monkeypatch.setattr(attention, "ON_DEVICE", frozenset({listed.NAME}))
-    monkeypatch.setattr(linear, "_works", lambda like: False)
-    monkeypatch.setattr(fused, "_library", lambda: None)
-    monkeypatch.setattr(step_graphs, "TOKENS", (2, 4, 16, 32))
+    listed.pretend(monkeypatch, (2, 4, 16, 32))
     torch._dynamo.reset()
     counters.clear()
     yield

@@ -10,7 +10,7 @@ import torch
 
 from prefix_store.errors import ModelUnsupported
 from prefix_store.model.frozen import FrozenModel
-from server.engine import attention, fused, linear, step_graphs
+from server.engine import attention
 from server.engine.attention import plain, segments
 from server.engine.engine import Engine
 from server.engine.step_buffers import StepBuffers
@@ -36,12 +36,7 @@ LIMITS = {"slots": 400, "rows": 9, "step_tokens": 32}
 
 @pytest.fixture(autouse=True)
 def device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU has: a backend that reads lists where they lie, and none of the kernels that are for the CPU."""
-    monkeypatch.setitem(attention.BACKENDS, listed.NAME, listed.attend)
-    monkeypatch.setattr(attention, "ON_DEVICE", frozenset({listed.NAME}))
-    monkeypatch.setattr(linear, "_works", lambda like: False)
-    monkeypatch.setattr(fused, "_library", lambda: None)
-    monkeypatch.setattr(step_graphs, "TOKENS", BUCKETS)
+    listed.pretend(monkeypatch, BUCKETS)
 
 
 def recorded_engine(frozen: FrozenModel, record: Callable = recording.record, **limits: int) -> Engine:

@@ -5,13 +5,24 @@ It is what a GPU's backend is to a recorded step, on any machine, and slow: ever
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from prefix_store.model.memory import FEATURE_MAPS
+from server.engine import attention, fused, linear, step_graphs
 from server.engine.attention.memory import NAMES
 from server.engine.attention.work import Mask
 
 NAME = "listed"
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, buckets: tuple[int, ...]) -> None:
+    """Gives the CPU what a GPU has: this backend, recorded steps of these sizes, and no kernels that are the CPU's."""
+    monkeypatch.setitem(attention.BACKENDS, NAME, attend)
+    monkeypatch.setattr(attention, "ON_DEVICE", frozenset({NAME}))
+    monkeypatch.setattr(linear, "_works", lambda like: False)
+    monkeypatch.setattr(fused, "_library", lambda: None)
+    monkeypatch.setattr(step_graphs, "TOKENS", buckets)
 
 
 def attend(
