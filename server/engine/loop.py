@@ -172,7 +172,7 @@ class EngineLoop:
                 prefix_hits=residency.hits,
                 prefix_misses=residency.misses,
                 prefix_evictions=residency.evictions,
-                preemptions=scheduler.preemptions,
+                preemptions=scheduler.admission.preemptions,
                 shortages=self._engine.shortages,
                 running_of=Counter(sequence.request.tenant for sequence in scheduler.running),
                 waiting_of={line.tenant: len(line) for line in scheduler.waiting.lines},

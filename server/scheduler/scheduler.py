@@ -24,19 +24,17 @@ from collections.abc import Callable, Iterable
 
 from prefix_store.errors import GenerationFailed, OutOfMemory, Overloaded
 from server.scheduler import backlog, beams, fairness, outcome
+from server.scheduler.admission import Admission
 from server.scheduler.limits import Limits, check_fits
 from server.scheduler.messages import FinishReason, GenerationRequest, TokenEvent
 from server.scheduler.pace import Pace
 from server.scheduler.phases import Phases
 from server.scheduler.plan import Load, Row, RowResult, StepPlan
 from server.scheduler.sequence import Sequence
-from server.scheduler.service import GENERATED_WEIGHT, Service
+from server.scheduler.service import Service
 from server.scheduler.space import Space
 from server.scheduler.step_cost import StepCost
-from server.scheduler.waiting import Line, WaitingQueue
-
-# Own slots reserved beyond the prompt at admission; a longer answer doubles its extent as it grows.
-HEADROOM = 64
+from server.scheduler.waiting import WaitingQueue
 
 
 class Scheduler:
@@ -48,15 +46,13 @@ class Scheduler:
         self.slots, self.residency = self.space.slots, self.space.residency
         self.service = Service()
         self.waiting = WaitingQueue(limits.waiting, self.service)
-        self.running: list[Sequence] = []  # in order of admission: the last is the newest
-        self.preemptions = 0
+        self.admission = Admission(limits, self.space, self.service, self.waiting, clock)
+        self.running = self.admission.running
         self.phases = Phases()
         self._sequences: dict[str, Sequence] = {}
         self._pace = Pace()
         self._step_cost = StepCost()
         self._planned_at = 0.0
-        # the longest row costs no more
-        self._allowance = GENERATED_WEIGHT * limits.context_length + limits.source_slots
         self._eos_ids = eos_ids
         self._clock = clock
 
@@ -87,8 +83,8 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Plans the next step; its rows are empty only when nothing is waiting or running."""
-        self._bring_preloads()
-        self._let_in()
+        self.admission.bring_preloads()
+        self.admission.let_in()
         rows = self._decode_rows()
         unread = [sequence for sequence in self.running if sequence.is_unread]
         prompts = [sequence for sequence in self.running if sequence.remaining > 1 and not sequence.is_unread]
@@ -133,27 +129,10 @@ class Scheduler:
         self.waiting.check_integrity()
         in_flight = [*self.running, *self.waiting]
         self.service.check_integrity(in_flight)
-        assert self._rows_taken() <= self.limits.most_rows, "more rows than there may be"
+        assert self.admission.rows <= self.limits.most_rows, "more rows than there may be"
         assert {s.request.id: s for s in in_flight} == self._sequences, "a sequence is lost"
         assert len(in_flight) == len(self._sequences), "a sequence is in two places"
         assert all(s.extent is None and s.resident is None for s in self.waiting), "a waiting sequence holds slots"
-
-    def _bring_preloads(self) -> None:
-        while not self.space.bring():
-            if self.running:
-                self._preempt(fairness.newest_of_most(self.running, fairness.rows_by_tenant(self.running)))
-            else:
-                self.space.compact()
-
-    def _let_in(self) -> None:
-        while self.waiting and (self._rows_taken() < self.limits.most_rows or self._can_make_way()):
-            entitled, _ = self._turns()
-            if self._admit_first(entitled, self._place_by_force) is None:
-                return
-
-    def _can_make_way(self) -> bool:
-        rows = fairness.rows_by_tenant(self.running)
-        return len(rows) < len(self.running) or any(line.tenant in rows for line in self.waiting.lines)
 
     def _admit(self, budget: int, unread: list[Sequence], *, is_first: bool = False) -> list[Row]:
         """Rows that begin: those that were let in and are `unread`, which are taken from the list, then whoever waits.
@@ -163,7 +142,7 @@ class Scheduler:
         rows: list[Row] = []
         while budget > 0:
             most = math.inf if is_first and not rows else budget
-            sequence = unread[0] if unread else self._admit_next(most)
+            sequence = unread[0] if unread else self.admission.next(most)
             if sequence is None or sequence.source_length >= most:
                 break
             del unread[:1]
@@ -172,62 +151,10 @@ class Scheduler:
             budget -= _tokens(chunk)
         return rows
 
-    def _admit_next(self, most: float) -> Sequence | None:
-        if self._rows_taken() == self.limits.most_rows:
-            return None
-        lines = [line for turn in self._turns() for line in turn if line.first.source_length < most]
-        return self._admit_first(lines, self._place)
-
-    def _turns(self) -> tuple[list[Line], list[Line]]:
-        return fairness.turns(self.waiting.lines, self.running, self.service, self._allowance)
-
-    def _admit_first(self, lines: list[Line], place: Callable[[Sequence], bool]) -> Sequence | None:
-        """Admits from the first line whose first sequence can be placed."""
-        for line in lines:
-            sequence = line.first
-            if place(sequence):
-                self.waiting.remove(sequence)
-                self.running.append(sequence)
-                if sequence.admitted_at is None:
-                    sequence.admitted_at = self._clock()
-                return sequence
-        return None
-
-    def _place(self, sequence: Sequence) -> bool:
-        size = _size(sequence)
-        if self._rows_taken() + sequence.width > self.limits.most_rows:
-            return False
-        if self.space.place(sequence, size):
-            return True
-        if self.running:
-            return False
-        # Prefixes lie across the pool so that no free run is long enough; compact, it fits by `check_fits`.
-        self.space.compact()
-        return self.space.place(sequence, size)
-
-    def _place_by_force(self, sequence: Sequence) -> bool:
-        if self._place(sequence):
-            return True
-        size = _size(sequence)
-        waiting = {line.tenant: len(line) for line in self.waiting.lines}
-        flooding = waiting.keys() if waiting[sequence.request.tenant] == 1 else ()
-
-        def is_enough(leaving: list[Sequence]) -> bool:
-            taken = self._rows_taken() - sum(other.width for other in leaving)
-            return taken + sequence.width <= self.limits.most_rows and self.space.would_fit(sequence, size, leaving)
-
-        leaving = fairness.make_way(self.running, flooding, is_enough)
-        if leaving is None:
-            return False
-        for other in leaving:
-            self._preempt(other)
-        self.space.make_run(sequence, size)
-        return self.space.place(sequence, size)
-
     def _decode_rows(self) -> list[Row]:
         rows: list[Row] = []
         for sequence in list(self.running):
-            if sequence.is_decoding and sequence in self.running and self._make_room(sequence):
+            if sequence.is_decoding and sequence in self.running and self.admission.make_room(sequence):
                 rows += self._rows(sequence, 1)
         return rows
 
@@ -238,30 +165,6 @@ class Scheduler:
         self.space.move(moves)
         return rows
 
-    def _rows_taken(self) -> int:
-        return sum(sequence.width for sequence in self.running)
-
-    def _make_room(self, sequence: Sequence) -> bool:
-        """Sees to a slot for the sequence's next token; False if the sequence itself had to be preempted."""
-        while not self.space.grow(sequence):
-            # Those before it may be planned already, and what is planned is never taken back.
-            candidates = self.running[self.running.index(sequence) :]
-            newest = fairness.newest_of_most(candidates, fairness.rows_by_tenant(self.running))
-            self._preempt(newest)
-            if newest is sequence:
-                return False
-        return True
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self._vacate(sequence)
-        sequence.forget()
-        self.preemptions += 1
-        self.waiting.push_front(sequence)
-
-    def _vacate(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self.space.vacate(sequence)
-
     def _finish(self, sequence: Sequence, reason: FinishReason, error: GenerationFailed | None = None) -> TokenEvent:
         self._end(sequence)
         hypotheses = sequence.given_up() if reason is FinishReason.TIMEOUT else ()
@@ -269,7 +172,7 @@ class Scheduler:
 
     def _end(self, sequence: Sequence) -> None:
         if sequence in self.running:
-            self._vacate(sequence)
+            self.admission.leave(sequence)
         else:
             self.waiting.remove(sequence)
         self.service.settle(sequence)
@@ -290,8 +193,3 @@ class Scheduler:
 
 def _tokens(rows: Iterable[Row]) -> int:
     return sum(row.cost for row in rows)
-
-
-def _size(sequence: Sequence) -> int:
-    """Own slots to begin with. After a preemption the tokens may be as many as the final length, or one more."""
-    return sequence.width * max(len(sequence.tokens), min(len(sequence.tokens) + HEADROOM, sequence.final_length))

@@ -104,7 +104,7 @@ def test_beams_among_rows_of_other_prefixes_find_what_each_finds_alone(pair, see
 
 def test_a_preempted_group_goes_on_as_if_nothing_had_been(pair, monkeypatch):
     frozen, plain = pair
-    monkeypatch.setattr("server.scheduler.scheduler.HEADROOM", 2)
+    monkeypatch.setattr("server.scheduler.admission.HEADROOM", 2)
     searches = drawn(5, 6, new=18, least=15, num_beams=4, prefix=3, arrives=0)
     forgotten = []
     forget = BeamGroup.forget

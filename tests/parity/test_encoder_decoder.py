@@ -104,11 +104,11 @@ SCHEDULES = {
 def test_mixed_rows_equal_the_request_alone(family, schedule, backend, monkeypatch):
     if schedule == "preempting":
         # without headroom every answer outgrows its extent, so rows are moved and preempted all the time
-        monkeypatch.setattr("server.scheduler.scheduler.HEADROOM", 1)
+        monkeypatch.setattr("server.scheduler.admission.HEADROOM", 1)
     engine, tokens = family.run(family.payloads(), backend, **SCHEDULES[schedule])
     assert [tokens[str(index)] for index in range(len(SETS))] == [ids for ids, _ in family.expected]
     assert family.worst(engine) < TOLERANCE
-    assert (engine.scheduler.preemptions > 0) == (schedule == "preempting")
+    assert (engine.scheduler.admission.preemptions > 0) == (schedule == "preempting")
     assert (engine.scheduler.residency.evictions > 0) == (schedule == "preempting")
 
 

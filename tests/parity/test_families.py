@@ -85,14 +85,14 @@ def test_mixed_rows_equal_the_request_alone(family, schedule, backend, record_wo
     name, served, cases, expected = family
     if schedule == "preempting":
         # without headroom every answer outgrows its extent, so rows are moved and preempted all the time
-        monkeypatch.setattr("server.scheduler.scheduler.HEADROOM", 1)
+        monkeypatch.setattr("server.scheduler.admission.HEADROOM", 1)
     engine = make_engine(served, backend, **SCHEDULES[schedule])
     tokens = run_mixed(engine, cases, payloads(cases))
     assert [tokens[str(i)] for i in range(len(cases))] == [tokens_alone for tokens_alone, _ in expected]
     worst = worst_difference(engine, [logits for _, logits in expected])
     record_worst(name, worst)
     assert worst < TOLERANCE
-    assert (engine.scheduler.preemptions > 0) == (schedule == "preempting")
+    assert (engine.scheduler.admission.preemptions > 0) == (schedule == "preempting")
 
 
 def test_swapped_prefixes_fail_the_check(family):

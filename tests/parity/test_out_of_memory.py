@@ -115,7 +115,7 @@ def test_rows_are_what_they_are_alone_however_few_tokens_there_is_memory_for(fam
     assert is_right(tokens, expected, range(len(cases)))
     assert worst_difference(engine, [logits for _, logits in expected]) < TOLERANCE
     assert engine.shortages == short.failures > 0
-    assert engine.scheduler.preemptions == 0, "taking slots from a row would give nothing back"
+    assert engine.scheduler.admission.preemptions == 0, "taking slots from a row would give nothing back"
     # it falls to a size that fits by halves, and tries twice that once so many pieces ran
     assert short.failures <= math.log2(STEP_TOKENS) + short.attempts / PATIENCE
 

@@ -177,7 +177,7 @@ def test_a_row_decodes_on_while_memories_come_and_go():
     engine.run = counting
     tokens = run_mixed(engine, cases, [known[name].served for name in order])
     assert loads == {"other": 1, "elu": 3, "gelu": 3}
-    assert engine.scheduler.preemptions == 0
+    assert engine.scheduler.admission.preemptions == 0
     expected = [alone(reference, case, known[name]) for case, name in zip(cases, order, strict=True)]
     assert [tokens[str(index)] for index in range(len(cases))] == [ids for ids, _ in expected]
     assert worst_difference(engine, [logits for _, logits in expected]) < TOLERANCE

@@ -75,7 +75,7 @@ def test_greedy_rows_with_a_repetition_penalty_are_transformers_generate(served,
 
 
 def test_a_preempted_row_counts_its_own_answer_once(served, monkeypatch):
-    monkeypatch.setattr("server.scheduler.scheduler.HEADROOM", 1)
+    monkeypatch.setattr("server.scheduler.admission.HEADROOM", 1)
     engine = make_engine(served, slots=90, rows=8, step_tokens=16)
     made = [
         request(str(i), prompt, temperature=0.0, ignore_eos=True, frequency_penalty=1.5, repetition_penalty=1.2)
@@ -83,7 +83,7 @@ def test_a_preempted_row_counts_its_own_answer_once(served, monkeypatch):
     ]
     alone = [run(make_engine(served), one)[one.id] for one in made]
     tokens = run(engine, *made)
-    assert engine.scheduler.preemptions > 0
+    assert engine.scheduler.admission.preemptions > 0
     assert [tokens[one.id] for one in made] == alone
 
 

@@ -83,7 +83,7 @@ def test_memories_and_preempted_rows_are_played_too(played: list[bool]) -> None:
     assert run_mixed(engine, cases, prefixes) == run_mixed(eager, cases, prefixes)
     expected = [torch.stack(eager.runner.recorded[str(index)]) for index in range(len(cases))]
     assert worst_difference(engine, expected) < TOLERANCE
-    assert engine.scheduler.preemptions > 0
+    assert engine.scheduler.admission.preemptions > 0
     assert all(played)
 
 

@@ -215,7 +215,7 @@ def test_a_preempted_row_goes_on_in_its_grammar(grammars, engine):
     rows = [request(str(i), made if i % 2 else None, seed=i, max_tokens=110, ignore_eos=True) for i in range(6)]
     small = Engine(tiny_frozen("llama"), replace(LIMITS, slots=320, context_length=200))
     assert run(small, rows) == run(engine, rows)
-    assert small.scheduler.preemptions > 0
+    assert small.scheduler.admission.preemptions > 0
 
 
 def test_after_an_abort_others_go_on(engine, grammars):

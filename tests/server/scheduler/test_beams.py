@@ -159,7 +159,7 @@ def test_a_group_alone_finds_what_a_plain_search_finds(length_penalty, early_sto
 @pytest.mark.parametrize("seed", range(40))
 def test_groups_find_the_same_under_random_traffic(seed, monkeypatch):
     draw = random.Random(seed)
-    monkeypatch.setattr("server.scheduler.scheduler.HEADROOM", draw.choice([1, 4, 64]))
+    monkeypatch.setattr("server.scheduler.admission.HEADROOM", draw.choice([1, 4, 64]))
     clock = Clock()
     rows = draw.randint(3, 9)
     device = Device(make(clock, slots=draw.randint(130, 300), rows=rows, step_tokens=draw.randint(rows, 40)))
@@ -289,7 +289,7 @@ def test_tenants_share_by_rows_and_a_group_is_taken_whole():
     scheduler.add(request("c", new=20, beams=1, tenant="other"), seed=0)
     device.step()
     assert [sequence.request.id for sequence in scheduler.running] == ["a", "c"]
-    assert scheduler.preemptions == 1
+    assert scheduler.admission.preemptions == 1
     charged = scheduler.service.received("many"), scheduler.service.received("other")
     device.step()
     assert scheduler.service.received("many") - charged[0] == 4

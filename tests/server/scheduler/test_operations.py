@@ -56,7 +56,7 @@ class Operations(RuleBasedStateMachine):
         headroom=st.sampled_from([1, 4, 64]),
     )
     def start(self, slots: int, rows: int, step_tokens: int, waiting: int, headroom: int) -> None:
-        self.patch = mock.patch("server.scheduler.scheduler.HEADROOM", headroom)
+        self.patch = mock.patch("server.scheduler.admission.HEADROOM", headroom)
         self.patch.start()
         limits = Limits(slots + self.beside, rows, step_tokens, 100, waiting, memory_slots=25, source_slots=self.beside)
         self.scheduler = Scheduler(limits, frozenset({EOS}), lambda: self.now)
@@ -191,7 +191,7 @@ class Operations(RuleBasedStateMachine):
         self.scheduler.check_integrity()
         limit = self.scheduler.limits.waiting
         most = limit + sum(max(1, limit // place) for place in range(2, len(TENANTS) + 1))
-        assert len(self.scheduler.waiting) <= most + self.scheduler.preemptions
+        assert len(self.scheduler.waiting) <= most + self.scheduler.admission.preemptions
 
     def result(self, row, index: int, unlucky: set[int]) -> RowResult:
         if index in unlucky:

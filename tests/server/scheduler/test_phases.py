@@ -71,7 +71,7 @@ def test_a_preemption_begins_nothing_anew(scheduler, clock):
     add(scheduler, "a", prompt=2, new=4)
     step(scheduler, clock, 1)
     step(scheduler, clock, 1)
-    scheduler._preempt(scheduler.running[0])
+    scheduler.admission.preempt(scheduler.running[0])
     clock.now += 10
     for _ in range(2):
         step(scheduler, clock, 1)

@@ -86,7 +86,7 @@ def test_rows_make_way_for_it_and_go_on():
     traffic.scheduler.space.preload(payload("kept", 30), "a")
     traffic.step()
     assert "kept" in resident(traffic.scheduler)
-    assert traffic.scheduler.preemptions
+    assert traffic.scheduler.admission.preemptions
     traffic.run(100)
     assert set(names) <= traffic.finished.keys()
 

@@ -135,7 +135,7 @@ def test_a_request_is_one_hit_or_one_miss_however_long_it_waits():
 
 
 def test_growth_moves_a_row_that_cannot_grow_in_place(monkeypatch):
-    monkeypatch.setattr("server.scheduler.scheduler.HEADROOM", 1)
+    monkeypatch.setattr("server.scheduler.admission.HEADROOM", 1)
     scheduler = make(slots=100)
     scheduler.add(request("a", prompt=4, new=20), seed=0)
     scheduler.add(request("b", prompt=4, new=20), seed=0)
@@ -150,12 +150,12 @@ def test_growth_moves_a_row_that_cannot_grow_in_place(monkeypatch):
 
 
 def test_the_newest_row_is_preempted_and_still_gives_every_token(monkeypatch):
-    monkeypatch.setattr("server.scheduler.scheduler.HEADROOM", 1)
+    monkeypatch.setattr("server.scheduler.admission.HEADROOM", 1)
     scheduler = make(slots=40)
     for name in "abc":
         scheduler.add(request(name, prompt=4, new=20), seed=0)
     events = drain(scheduler)
-    assert scheduler.preemptions > 0
+    assert scheduler.admission.preemptions > 0
     for name in "abc":
         assert sum(len(event.token_ids) for event in events if event.request_id == name) == 20
 
@@ -254,7 +254,7 @@ def replay(plan: StepPlan, memory: dict[int, object]) -> None:
 @pytest.mark.parametrize("seed", range(60))
 def test_every_row_reads_its_own_slots_under_random_traffic(seed, monkeypatch):
     draw = random.Random(seed)
-    monkeypatch.setattr("server.scheduler.scheduler.HEADROOM", draw.choice([1, 4, 64]))
+    monkeypatch.setattr("server.scheduler.admission.HEADROOM", draw.choice([1, 4, 64]))
     scheduler = make(
         slots=draw.randint(100, 160), rows=draw.randint(1, 8), step_tokens=draw.randint(9, 40), waiting=500
     )
@@ -320,7 +320,7 @@ def test_a_source_is_charged_once_as_a_prompt_is():
     scheduler.commit(plan, [RowResult(7)])
     assert scheduler.service.received("t") == 13 + GENERATED_WEIGHT
     assert scheduler.service.owed(row.sequence) == 0
-    scheduler._preempt(row.sequence)
+    scheduler.admission.preempt(row.sequence)
     assert row.sequence.is_unread
     scheduler.check_integrity()
     (row,) = scheduler.schedule().rows

@@ -43,7 +43,7 @@ def test_a_single_request_starts_at_once_whatever_another_has_queued(rows, promp
     name = traffic.add("b", prompt, 5)
     assert traffic.wait_for(name) <= 2
     traffic.scheduler.check_integrity()
-    assert traffic.scheduler.preemptions == 1
+    assert traffic.scheduler.admission.preemptions == 1
     # its prefill has all of the budget that decoding leaves
     prefill = math.ceil(prompt / (32 - rows))
     traffic.run(prefill + 5)
@@ -81,10 +81,10 @@ def test_many_tenants_are_all_let_in_at_once_and_then_nobody_is():
     traffic = flooded(rows=8)
     names = [traffic.add(tenant, 2, 50) for tenant in "bcdefghi"]
     assert [traffic.wait_for(name) for name in names] == [1] + [0] * 7
-    assert traffic.scheduler.preemptions == 8  # the flood has not even one row now
+    assert traffic.scheduler.admission.preemptions == 8  # the flood has not even one row now
     traffic.add("j", 2, 5)
     traffic.run(20)
-    assert traffic.scheduler.preemptions == 8
+    assert traffic.scheduler.admission.preemptions == 8
     assert {sequence.request.tenant for sequence in traffic.scheduler.running} == set("bcdefghi")
 
 
@@ -183,7 +183,7 @@ def crowded(*, blind: bool = False) -> Traffic:
 def test_a_large_request_neither_blocks_small_ones_nor_starves():
     traffic = crowded()
     # as if neither had a row to spare
-    traffic.scheduler._place_by_force = traffic.scheduler._place
+    traffic.scheduler.admission._place_by_force = traffic.scheduler.admission._place
     before = traffic.served.copy()
     while "c/" not in "".join(traffic.first_planned):
         traffic.run(1, {"a": (4, 12), "b": (6, 9)})
@@ -192,13 +192,13 @@ def test_a_large_request_neither_blocks_small_ones_nor_starves():
     assert passed["a"] > 50
     assert passed["b"] > 50
     # no further ahead than was allowed, and what was running then
-    assert max(passed.values()) < traffic.scheduler._allowance + 120 * 2
+    assert max(passed.values()) < traffic.scheduler.admission._allowance + 120 * 2
 
 
 def test_without_a_bound_small_requests_would_starve_a_large_one():
     traffic = crowded()
-    traffic.scheduler._place_by_force = traffic.scheduler._place
-    traffic.scheduler._allowance = 10**9
+    traffic.scheduler.admission._place_by_force = traffic.scheduler.admission._place
+    traffic.scheduler.admission._allowance = 10**9
     traffic.run(2000, {"a": (4, 12), "b": (6, 9)})
     assert not any(name.startswith("c/") for name in traffic.first_planned)
 
@@ -207,7 +207,7 @@ def test_a_large_request_takes_the_slots_of_as_few_rows_as_it_needs():
     traffic = flooded(rows=16, new=16, slots=16 * 19)
     name = traffic.add("b", 40, 10)
     assert traffic.wait_for(name) == 1
-    assert traffic.scheduler.preemptions == math.ceil(49 / 19)
+    assert traffic.scheduler.admission.preemptions == math.ceil(49 / 19)
     traffic.scheduler.check_integrity()
 
 
@@ -230,7 +230,7 @@ def test_in_first_come_first_served_a_flood_is_everybodys_refusal():
 
 
 def test_preempted_work_is_charged_once(monkeypatch):
-    monkeypatch.setattr("server.scheduler.scheduler.HEADROOM", 1)
+    monkeypatch.setattr("server.scheduler.admission.HEADROOM", 1)
     monkeypatch.setattr(Service, "lift", lambda *_: None)
     traffic = Traffic(make_scheduler(slots=150, rows=8))
     for _ in range(10):
