@@ -20,6 +20,11 @@ class Selection:
     first: int
     count: int
 
+    @property
+    def last(self) -> int:
+        """Where the logits of the next token are."""
+        return self.first + self.count - 1
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -134,7 +139,7 @@ def _sources(packed: Sequence[Row], relative: bool) -> Sources:
 
 def _pack(row: Row, token_ids: list[int], positions: list[int], slots: list[int]) -> None:
     sequence = row.sequence
-    end = row.start + row.count
+    end = row.end
     payload = sequence.request.prefix
     offset = payload.position_offset if payload is not None else 0
     assert sequence.extent is not None

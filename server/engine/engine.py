@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ from server.engine.encoder_decoder import EncoderDecoderRunner
 from server.engine.kv_pool import KVPool, bytes_per_slot, memory_slots
 from server.engine.model_runner import ModelRunner
 from server.engine.room import Room
+from server.engine.sampled import Sampled
 from server.engine.sampler import sample
 from server.engine.step_graphs import CudaRecorder
 from server.scheduler.messages import TokenEvent
@@ -114,32 +115,32 @@ class Engine:
             elif not self._load(transfer):
                 lost.append(transfer)
         rows = deque(row for row in plan.rows if not any(load.is_read_by(row.sequence) for load in lost))
-        done: list[tuple[Row, RowResult]] = []
+        pieces: list[tuple[list[Row], Sampled]] = []
         while rows:
-            done += self._next(rows)
-        carried = StepPlan(plan.transfers, tuple(row for row, _ in done))
-        return StepDone(carried, [result for _, result in done], tuple(lost))
+            pieces += self._next(rows)
+        carried = StepPlan(plan.transfers, tuple(row for piece, _ in pieces for row in piece))
+        return StepDone(carried, [result for _, sampled in pieces for result in sampled.read()], tuple(lost))
 
     def commit(self, done: StepDone) -> list[TokenEvent]:
         """Applies what came of a plan."""
         lost = [event for load in done.lost for event in self.scheduler.lose(load)]
         return lost + self.scheduler.commit(done.plan, done.results)
 
-    def compute(self, rows: Sequence[Row]) -> list[RowResult]:
+    def compute(self, rows: Sequence[Row]) -> Sampled:
         """Puts rows through the model together; one result for each. Raises what torch raises where memory runs out."""
         batch = build(StepPlan((), tuple(rows)), self.runner.windows, relative=self.frozen.is_relative)
         return sample(self.runner.run(batch), batch.selections)
 
-    def _next(self, rows: deque[Row]) -> Iterable[tuple[Row, RowResult]]:
+    def _next(self, rows: deque[Row]) -> list[tuple[list[Row], Sampled]]:
         """Computes the first of `rows`, as many as there is room for, and takes them away; none if there was not."""
         piece = self._room.take(rows)
-        results = self._attempt(lambda: self.compute(piece))
-        if results is not None:
+        sampled = self._attempt(lambda: self.compute(piece))
+        if sampled is not None:
             self._room.note_fit()
-            return zip(piece, results, strict=True)
+            return [(piece, sampled)]
         if len(piece) == 1 and piece[0].count == 1:
             _log.warning("out of memory for a single row, which fails")
-            return [(piece[0], RowResult(error=OutOfMemory()))]
+            return [(piece, Sampled.known([RowResult(error=OutOfMemory())]))]
         self._room.note_shortage(piece)
         _log.warning("out of memory in a step: at most %d tokens at a time now", self._room.tokens)
         rows.extendleft(reversed(piece))

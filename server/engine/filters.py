@@ -6,6 +6,7 @@ from collections.abc import Sequence as Rows
 
 import torch
 
+from server.engine.transit import bring
 from server.scheduler.sampling_params import SamplingParams
 
 # Sorting a whole vocabulary takes longer than all the rest, and the likeliest few are nearly always enough.
@@ -24,7 +25,9 @@ def probabilities(logits: torch.Tensor, params: Rows[SamplingParams]) -> torch.T
     least = torch.zeros(len(params), 1, device=logits.device)
     cut = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
     if cut:
-        least[cut] = _least(found[cut], [params[i] for i in cut])
+        rows = bring(torch.tensor(cut), logits.device)
+        find = _least if logits.device.type == "cpu" else _least_at_once
+        least[rows] = find(found[rows], [params[i] for i in cut])
     if any(p.min_p > 0 for p in params):
         least = least.maximum(_column([p.min_p for p in params], logits) * found.amax(-1, keepdim=True))
     elif not cut:
@@ -42,6 +45,14 @@ def _least(found: torch.Tensor, params: Rows[SamplingParams]) -> torch.Tensor:
     return least
 
 
+def _least_at_once(found: torch.Tensor, params: Rows[SamplingParams]) -> torch.Tensor:
+    """The same without a look at how far the rows have to be sorted, for which the host would wait for the device."""
+    vocabulary = found.shape[-1]
+    is_enough = all(0 < p.top_k <= HEAD for p in params)
+    ranked = found.topk(min(HEAD, vocabulary)).values if is_enough else found.sort(descending=True).values
+    return _cut(ranked, params, vocabulary)[0]
+
+
 def _cut(ranked: torch.Tensor, params: Rows[SamplingParams], vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Of probabilities given likeliest first, the last kept, and whether more could not change it; both `[N, 1]`."""
     size = ranked.shape[-1]
@@ -57,4 +68,4 @@ def _cut(ranked: torch.Tensor, params: Rows[SamplingParams], vocabulary: int) ->
 
 
 def _column(numbers: list[float] | list[int], like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    return torch.tensor(numbers, dtype=dtype or like.dtype, device=like.device)[:, None]
+    return bring(torch.tensor(numbers, dtype=dtype or like.dtype), like.device)[:, None]

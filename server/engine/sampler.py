@@ -1,4 +1,7 @@
-"""From logits to tokens, for all rows of a step at once; every row has its own parameters and its own draw."""
+"""From logits to tokens, for all rows of a step at once; every row has its own parameters and its own draw.
+
+Where every row's token can be chosen on the device (`Sequence.is_plain`), nothing here waits for it: see `Sampled`.
+"""
 
 from __future__ import annotations
 
@@ -14,30 +17,42 @@ from server.engine.adjustments import adjust
 from server.engine.batch import Selection
 from server.engine.constraints import read_on
 from server.engine.continuations import candidates
+from server.engine.sampled import Sampled
+from server.engine.transit import bring
 from server.scheduler.messages import TokenLogprob
 from server.scheduler.plan import RowResult
 from server.scheduler.sampling_params import MAX_LOGPROBS, SamplingParams
-from server.scheduler.sequence import Sequence
 
 
-def sample(logits: torch.Tensor, selections: Rows[Selection]) -> list[RowResult]:
+def sample(logits: torch.Tensor, selections: Rows[Selection]) -> Sampled:
     """One result for each selection, in order. `logits` `[N, V]`.
 
     A row with non-finite logits, or with a grammar that cannot be followed any further, fails alone.
     """
     logits = logits.float()
-    likeliest = _likeliest(logits)
+    tokens = _likeliest(logits)
     # NaN wins a maximum, so this looks at every logit
-    finite = logits.gather(-1, likeliest[:, None]).isfinite().flatten().tolist()
+    finite = logits.gather(-1, tokens[:, None]).isfinite().flatten()
+    if all(s.row.sequence.is_plain for s in selections if s.count):
+        _choose(tokens, logits, [s for s in selections if s.row.samples])
+        return Sampled.on_device(selections, tokens, finite)
+    return Sampled.known(_with_the_host(logits, tokens, finite.tolist(), selections))
+
+
+def _with_the_host(
+    logits: torch.Tensor, tokens: torch.Tensor, finite: list[bool], selections: Rows[Selection]
+) -> list[RowResult]:
     sound = [s for s in selections if all(finite[s.first : s.first + s.count])]
     failed = read_on([s.row.sequence for s in sound if s.row.samples])
     sound = [s for s in sound if s.row.sequence not in failed]
     sampling = [s for s in sound if s.row.samples]
     beams = [s for s in sampling if s.row.sequence.width > 1]
-    tokens = _choose(logits, likeliest.tolist(), [s for s in sampling if s.row.sequence.width == 1])
-    results = dict(zip(sound, _results(logits, sound, tokens), strict=True))
+    single = [s for s in sampling if s.row.sequence.width == 1]
+    _choose(tokens, logits, single)
+    chosen = tokens.tolist()
+    results = dict(zip(sound, _results(logits, sound, {s: chosen[s.last] for s in single}), strict=True))
     if beams:
-        found = candidates(logits[[_last(s) for s in beams]], [s.row.sequence for s in beams])
+        found = candidates(logits[[s.last for s in beams]], [s.row.sequence for s in beams])
         results.update((s, replace(results[s], candidates=best)) for s, best in zip(beams, found, strict=True))
     return [results.get(s) or RowResult(error=failed.get(s.row.sequence) or PrefixNumerics()) for s in selections]
 
@@ -49,34 +64,34 @@ def _likeliest(logits: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(logits.numpy().argmax(-1))
 
 
-def _choose(logits: torch.Tensor, likeliest: list[int], selections: Rows[Selection]) -> dict[Selection, int]:
-    """The next token of each. Greedy rows that take the model's logits as they are have it already."""
+def _choose(tokens: torch.Tensor, logits: torch.Tensor, selections: Rows[Selection]) -> None:
+    """Puts the next token of each into its place of `tokens`, which are the likeliest: some rows have it already."""
     drawing = [s for s in selections if not _params(s).is_greedy]
     adjusted = [s for s in selections if _params(s).is_greedy and s.row.sequence.is_adjusted]
-    chosen = {s: likeliest[_last(s)] for s in selections}
     rows = [*drawing, *adjusted]
     if rows:
-        own = logits[[_last(s) for s in rows]]  # a copy: logprobs are of the model's own logits
+        places = bring(torch.tensor([s.last for s in rows]), logits.device)
+        own = logits[places]  # a copy: logprobs are of the model's own logits
         adjust(own, [s.row.sequence for s in rows])
-        drawn = _draw(own[: len(drawing)], [s.row.sequence for s in drawing]) if drawing else []
-        chosen.update(zip(rows, drawn + own[len(drawing) :].argmax(-1).tolist(), strict=True))
-    return chosen
+        likeliest = own[len(drawing) :].argmax(-1)
+        tokens[places] = torch.cat([_draw(own[: len(drawing)], drawing), likeliest]) if drawing else likeliest
 
 
-def _draw(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
-    """Inverse-CDF sampling: the filtered token at the row's own uniform number.
+def _draw(logits: torch.Tensor, selections: Rows[Selection]) -> torch.Tensor:
+    """Inverse-CDF sampling: the filtered token at the row's own uniform number, `[N]`.
 
     The draw looks at tokens in order of id, not of probability: rounding, which another batch makes differ, swaps
     neighbours of nearly equal probability in the one order and hardly moves the other.
     """
-    kept = filters.probabilities(logits, [sequence.request.params for sequence in sequences])
+    kept = filters.probabilities(logits, [_params(s) for s in selections])
     cumulative = kept.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:].contiguous()
-    uniform = torch.tensor([[s.uniform()] for s in sequences], dtype=torch.float64, device=logits.device)
+    numbers = [[s.row.sequence.uniform(s.row.end)] for s in selections]
+    uniform = bring(torch.tensor(numbers, dtype=torch.float64), logits.device)
     index = torch.searchsorted(cumulative, uniform * total, right=True)
-    # Rounding could put a draw just past the last kept token.
-    drawn: list[int] = torch.minimum(index, torch.searchsorted(cumulative, total)).flatten().tolist()
-    return drawn
+    # Rounding could put a draw just past the last kept token, and what is no number, past all of them.
+    last = torch.searchsorted(cumulative, total).clamp(max=logits.shape[-1] - 1)
+    return torch.minimum(index, last).flatten()
 
 
 def _results(logits: torch.Tensor, selections: Rows[Selection], tokens: dict[Selection, int]) -> list[RowResult]:
@@ -114,8 +129,3 @@ def _logprobs(logits: torch.Tensor, positions: list[int], targets: list[int], to
 
 def _params(selection: Selection) -> SamplingParams:
     return selection.row.sequence.request.params
-
-
-def _last(selection: Selection) -> int:
-    """Where the logits of the next token are."""
-    return selection.first + selection.count - 1

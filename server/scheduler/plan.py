@@ -41,9 +41,17 @@ class Row:
     count: int
 
     @property
+    def end(self) -> int:
+        """Index of the first of the sequence's tokens behind this row's, which its logits give if that is a new one."""
+        return self.start + self.count
+
+    @property
     def samples(self) -> bool:
-        """Whether this row reaches the sequence's last token, so that its logits give the next one."""
-        return self.start + self.count == len(self.sequence.tokens)
+        """Whether this row reaches the sequence's last token, so that its logits give the next one.
+
+        In a step that is planned before the one before it is read, the row's own token is yet to come.
+        """
+        return self.end >= len(self.sequence.tokens)
 
     @property
     def encodes(self) -> bool:
@@ -60,7 +68,7 @@ class Row:
         """Own indices whose logits are wanted as prompt log-probabilities: index i predicts token i + 1."""
         if not self.sequence.wants_prompt_logprobs:
             return range(0)
-        return range(self.start, min(self.start + self.count, self.sequence.prompt_length - 1))
+        return range(self.start, min(self.end, self.sequence.prompt_length - 1))
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,16 @@ class Sequence:
         rules = self.forbidden or self.forced is not None or request.grammar is not None
         return bool(params.penalises or params.logit_bias or rules)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether each of its next tokens follows from the model's logits and numbers that are known from the start.
+
+        Then the device can choose it, and go on with it, without the host.
+        """
+        params = self.request.params
+        is_bare = params.logprobs is None and self.request.last_id is None
+        return is_bare and self.width == 1 and not self.is_adjusted
+
     def occurrences(self) -> Mapping[int, int]:
         """How often each token stands in the answer; one of the prompt alone is there, as 0, if it is penalised too.
 
@@ -164,12 +174,12 @@ class Sequence:
         """Every prompt token's log-probability; nothing predicts the first."""
         return TokenLogprob(self.tokens[0], None), *self.prompt_logprobs
 
-    def uniform(self) -> float:
-        """A number in [0, 1) for the next draw: a function of the seed and the token's index only.
+    def uniform(self, index: int) -> float:
+        """A number in [0, 1) for drawing the token of that index: a function of this and the seed only.
 
         So the draw is the same in any batch and after a preemption. SplitMix64 (Steele, Lea & Flood 2014).
         """
-        state = (self.seed + (self.generated + 1) * 0x9E3779B97F4A7C15) & _MASK
+        state = (self.seed + (index - self.prompt_length + 1) * 0x9E3779B97F4A7C15) & _MASK
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
         return ((state ^ (state >> 31)) >> 11) / 2**53

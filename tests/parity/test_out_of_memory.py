@@ -17,8 +17,9 @@ from server.engine import sampler
 from server.engine.batch import Batch, Selection
 from server.engine.engine import Engine
 from server.engine.room import PATIENCE
+from server.engine.sampled import Sampled
 from server.scheduler.messages import FinishReason, GenerationRequest, PrefixPayload, TokenEvent
-from server.scheduler.plan import RowResult, StepDone, StepPlan
+from server.scheduler.plan import StepDone, StepPlan
 from server.scheduler.sampling_params import SamplingParams
 from tests.models import VOCABULARY, random_kv, tiny_frozen, tiny_model
 from tests.parity.harness import TOLERANCE, Case, make_engine, payload, recorded, request, run_mixed, worst_difference
@@ -229,11 +230,11 @@ def test_beams_draws_and_scored_prompts_are_the_same_in_pieces(family, monkeypat
     whole = everything(make_engine(served), cases)
     engine = make_engine(served)
 
-    def sample(logits: torch.Tensor, selections: Sequence[Selection]) -> list[RowResult]:
-        results = sampler.sample(logits, selections)
+    def sample(logits: torch.Tensor, selections: Sequence[Selection]) -> Sampled:
+        sampled = sampler.sample(logits, selections)
         if len(logits) > most:
             torch.empty(2**62, dtype=torch.uint8)  # as it is on a CPU
-        return results
+        return sampled
 
     monkeypatch.setattr("server.engine.engine.sample", sample)
     assert everything(engine, cases) == whole

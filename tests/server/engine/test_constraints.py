@@ -114,7 +114,7 @@ def test_a_row_without_grammar_is_the_same_to_the_last_bit_beside_rows_with_one(
 
     def results(rows: dict[int, Sequence]) -> dict:
         chosen = [Selection(Row(found, 0, 1), place, 1) for place, found in enumerate(rows.values())]
-        return dict(zip(rows, sample(logits[list(rows)], chosen), strict=True))
+        return dict(zip(rows, sample(logits[list(rows)], chosen).read(), strict=True))
 
     constrained = set(draw.sample(range(12), 6))
     texts = ["[ab]+", "x|y", '"[^"]*"']
@@ -130,7 +130,7 @@ def test_a_row_without_grammar_is_the_same_to_the_last_bit_beside_rows_with_one(
 def test_logprobs_are_the_models_own(grammars):
     logits = torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(0))
     row = sequence(grammar(grammars, "a"), temperature=0.0, logprobs=2)
-    result = sample(logits, [Selection(Row(row, 0, 1), 0, 1)])[0]
+    result = sample(logits, [Selection(Row(row, 0, 1), 0, 1)]).read()[0]
     own = logits[0].log_softmax(-1)
     assert result.token_id == tiny_frozen().tokenizer.encode("a", add_special_tokens=False)[0]
     assert result.logprob.logprob == pytest.approx(float(own[result.token_id]))
@@ -147,7 +147,7 @@ def test_a_grammar_that_cannot_be_followed_fails_its_row_alone(grammars, monkeyp
 
     monkeypatch.setattr(rows[0].matcher, "read", fail)
     logits = torch.zeros(3, VOCABULARY)
-    first, *rest = sample(logits, [Selection(Row(row, 0, 1), place, 1) for place, row in enumerate(rows)])
+    first, *rest = sample(logits, [Selection(Row(row, 0, 1), place, 1) for place, row in enumerate(rows)]).read()
     assert first.token_id is None
     assert "too many states" in first.error.message
     assert all(result.error is None and result.token_id is not None for result in rest)

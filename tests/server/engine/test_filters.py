@@ -101,3 +101,18 @@ def test_a_row_in_which_nothing_may_come_is_a_number_still():
     logits = torch.full((2, 4), -torch.inf)
     found = filters.probabilities(logits, [SamplingParams(), SamplingParams(top_k=2, top_p=0.5, temperature=0.001)])
     assert found.tolist() == [[0.25] * 4] * 2
+
+
+@pytest.mark.parametrize("head", [1, 3, 8, 200])
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_found_without_a_look_at_it_is_the_same(monkeypatch, head, seed):
+    monkeypatch.setattr(filters, "HEAD", head)
+    generator, draw = torch.Generator().manual_seed(seed), random.Random(seed)
+    found = (4 * torch.randn(6, 100, generator=generator)).softmax(-1)
+    params = [
+        SamplingParams(top_k=draw.choice([0, 1, 5, 99, 300]), top_p=draw.choice([0.05, 0.5, 0.99, 1.0]))
+        for _ in range(6)
+    ]
+    cut = [(i, p) for i, p in enumerate(params) if p.top_k or p.top_p < 1]
+    rows, wanted = [i for i, _ in cut], [p for _, p in cut]
+    assert torch.equal(filters._least(found[rows], wanted), filters._least_at_once(found[rows], wanted))

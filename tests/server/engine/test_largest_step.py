@@ -12,9 +12,9 @@ import torch
 from server.engine import largest_step, sampler
 from server.engine.batch import Selection
 from server.engine.engine import Engine, least_slots
+from server.engine.sampled import Sampled
 from server.scheduler.limits import Limits
 from server.scheduler.messages import GenerationRequest
-from server.scheduler.plan import RowResult
 from server.scheduler.sampling_params import SamplingParams
 from tests.models import CONTEXT, VOCABULARY, tiny_frozen
 
@@ -38,12 +38,12 @@ class Seen:
             self.read.append(batch.sources.token_ids.numel() if batch.sources is not None else 0)
             return run(batch)
 
-        def sample(logits: torch.Tensor, selections: Sequence[Selection]) -> list[RowResult]:
-            results = sampler.sample(logits, selections)
-            assert not [result for result in results if result.error is not None]
+        def sample(logits: torch.Tensor, selections: Sequence[Selection]) -> Sampled:
+            sampled = sampler.sample(logits, selections)
+            assert not [result for result in sampled.read() if result.error is not None]
             self.logits.append(len(logits))
             self.sampled.append(sum(selection.row.samples for selection in selections))
-            return results
+            return sampled
 
         monkeypatch.setattr(engine.runner, "run", seen)
         monkeypatch.setattr("server.engine.engine.sample", sample)

@@ -35,13 +35,17 @@ def selection(first: int = 0, seed: int = 0, prompt: int = 1, **params) -> Selec
     return Selection(row, first, len(row.scored) + 1)
 
 
+def results(logits: torch.Tensor, selections: list[Selection]) -> list[RowResult]:
+    return sample(logits, selections).read()
+
+
 def draws(count: int = 4000, logits: torch.Tensor = LOGITS, **params) -> Counter:
     selections = [selection(index, seed=index, **params) for index in range(count)]
-    return Counter(result.token_id for result in sample(logits.expand(count, -1), selections))
+    return Counter(result.token_id for result in results(logits.expand(count, -1), selections))
 
 
 def test_greedy_takes_the_likeliest_and_the_first_of_equals():
-    assert sample(torch.tensor([[0.0, 3.0, 3.0]]), [selection(temperature=0.0)])[0].token_id == 1
+    assert results(torch.tensor([[0.0, 3.0, 3.0]]), [selection(temperature=0.0)])[0].token_id == 1
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -72,11 +76,11 @@ def test_filters_keep_exactly_what_they_should(params, allowed):
 
 
 def test_a_row_draws_the_same_in_any_batch():
-    alone = sample(LOGITS[None], [selection(0, seed=5)])[0].token_id
+    alone = results(LOGITS[None], [selection(0, seed=5)])[0].token_id
     others = [selection(i, seed=i, temperature=0.3 * i, top_k=i % 3) for i in range(5)]
     batch = [*others, selection(5, seed=5), selection(6, seed=9)]
     logits = torch.cat([torch.randn(5, 5), LOGITS[None], torch.randn(1, 5)])
-    assert sample(logits, batch)[5].token_id == alone
+    assert results(logits, batch)[5].token_id == alone
 
 
 def random_row(draw: random.Random, vocabulary: int) -> dict:
@@ -111,7 +115,7 @@ def run(logits: list[torch.Tensor], rows: list[dict]) -> list[RowResult]:
         made = Selection(Row(made.row.sequence, 0, len(made.row.sequence.tokens)), first, len(scores))
         selections.append(made)
         first += len(scores)
-    return sample(torch.cat(logits), selections)
+    return results(torch.cat(logits), selections)
 
 
 def wanted(row: dict) -> int:
@@ -193,16 +197,16 @@ def by_transformers(logits: torch.Tensor, row: dict) -> int:
     sequence = selection(seed=row["seed"], prompt=row["prompt"]).row.sequence
     sequence.tokens.extend(answer)
     cumulative = left.double().softmax(-1).cumsum(-1)[0]
-    return int((cumulative > sequence.uniform()).nonzero()[0])
+    return int((cumulative > sequence.uniform(len(sequence.tokens))).nonzero()[0])
 
 
 def test_greedy_takes_the_likeliest_of_what_the_options_leave():
     asked = {"temperature": 0.0, "prompt": 1}  # the prompt is token 0
-    assert sample(LOGITS[None], [selection(**asked)])[0].token_id == 0
-    assert sample(LOGITS[None], [selection(**asked, repetition_penalty=3.0)])[0].token_id == 1
-    assert sample(LOGITS[None], [selection(**asked, logit_bias=((3, 5.0),))])[0].token_id == 3
+    assert results(LOGITS[None], [selection(**asked)])[0].token_id == 0
+    assert results(LOGITS[None], [selection(**asked, repetition_penalty=3.0)])[0].token_id == 1
+    assert results(LOGITS[None], [selection(**asked, logit_bias=((3, 5.0),))])[0].token_id == 3
     held = selection(**asked, stop_token_ids=frozenset({0, 1}), min_tokens=1)
-    assert sample(LOGITS[None], [held])[0].token_id == 2
+    assert results(LOGITS[None], [held])[0].token_id == 2
 
 
 def test_a_prefix_adds_nothing_to_what_is_penalised():
@@ -210,23 +214,23 @@ def test_a_prefix_adds_nothing_to_what_is_penalised():
     payload = PrefixPayload("p", 5, 5, True, None)
     sequence = Sequence(replace(made.row.sequence.request, prefix=payload), 0)
     assert sequence.occurrences() == {0: 0}
-    assert sample(LOGITS[None], [Selection(Row(sequence, 0, 1), 0, 1)])[0].token_id == 1
+    assert results(LOGITS[None], [Selection(Row(sequence, 0, 1), 0, 1)])[0].token_id == 1
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_when_nothing_else_is_left_a_row_takes_what_it_should_not(temperature):
     held = selection(stop_token_ids=frozenset(range(5)), min_tokens=1, temperature=temperature)
-    result = sample(LOGITS[None], [held])[0]
+    result = results(LOGITS[None], [held])[0]
     assert result.error is None
     assert result.token_id in range(5)
 
 
 def test_choices_of_one_seed_differ_and_come_again():
     flat = torch.zeros(8, 1000)
-    choices = [[r.token_id for r in sample(flat, [selection(i, seed=7 + i) for i in range(8)])] for _ in range(2)]
+    choices = [[r.token_id for r in results(flat, [selection(i, seed=7 + i) for i in range(8)])] for _ in range(2)]
     assert choices[0] == choices[1]
     assert len(set(choices[0])) == 8
-    assert sample(flat[:1], [selection(0, seed=7 + 3)])[0].token_id == choices[0][3]
+    assert results(flat[:1], [selection(0, seed=7 + 3)])[0].token_id == choices[0][3]
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -235,20 +239,20 @@ def test_choices_of_one_seed_differ_and_come_again():
 def test_a_row_that_overflows_fails_alone(bad, temperature, options):
     logits = LOGITS.repeat(3, 1)
     logits[1, 3] = bad
-    results = sample(logits, [selection(i, temperature=temperature, seed=i, **options) for i in range(3)])
-    assert [isinstance(result.error, PrefixNumerics) for result in results] == [False, True, False]
-    assert results[1].token_id is None
+    found = results(logits, [selection(i, temperature=temperature, seed=i, **options) for i in range(3)])
+    assert [isinstance(result.error, PrefixNumerics) for result in found] == [False, True, False]
+    assert found[1].token_id is None
 
 
 def test_a_scored_prompt_position_that_overflows_fails_its_row():
     logits = LOGITS.repeat(2, 1)
     logits[0, 2] = torch.nan
-    result = sample(logits, [selection(prompt=2, temperature=0.0, logprobs=0, echo=True)])[0]
+    result = results(logits, [selection(prompt=2, temperature=0.0, logprobs=0, echo=True)])[0]
     assert isinstance(result.error, PrefixNumerics)
 
 
 def test_logprobs_are_those_of_the_bare_softmax():
-    result = sample(LOGITS[None], [selection(temperature=0.0, logprobs=2)])[0]
+    result = results(LOGITS[None], [selection(temperature=0.0, logprobs=2)])[0]
     expected = LOGITS.log_softmax(-1)
     assert result.logprob.token_id == 0
     assert result.logprob.logprob == pytest.approx(float(expected[0]))
@@ -259,7 +263,7 @@ def test_logprobs_are_those_of_the_bare_softmax():
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_logprobs_are_of_the_models_own_logits_whatever_the_options(temperature):
     options = {"repetition_penalty": 5.0, "presence_penalty": 2.0, "logit_bias": ((4, 100.0),), "top_k": 1}
-    result = sample(LOGITS[None], [selection(temperature=temperature, logprobs=1, **options)])[0]
+    result = results(LOGITS[None], [selection(temperature=temperature, logprobs=1, **options)])[0]
     expected = LOGITS.log_softmax(-1)
     assert (result.token_id, result.logprob.token_id) == (4, 4)
     assert result.logprob.logprob == float(expected[4])
@@ -269,14 +273,14 @@ def test_logprobs_are_of_the_models_own_logits_whatever_the_options(temperature)
 @pytest.mark.parametrize("count", range(21))
 def test_as_many_of_the_likeliest_are_given_as_asked_for(count):
     logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(count))
-    result = sample(logits, [selection(temperature=0.0, logprobs=count)])[0]
+    result = results(logits, [selection(temperature=0.0, logprobs=count)])[0]
     expected = logits[0].log_softmax(-1).sort(descending=True)
     assert result.logprob.top == tuple(zip(expected.indices.tolist(), expected.values.tolist(), strict=True))[:count]
 
 
 def test_prompt_positions_are_scored_by_the_token_that_follows():
     logits = torch.stack([LOGITS, LOGITS.flip(0), LOGITS])
-    result = sample(logits, [selection(prompt=3, temperature=0.0, logprobs=0, echo=True)])[0]
+    result = results(logits, [selection(prompt=3, temperature=0.0, logprobs=0, echo=True)])[0]
     assert [scored.token_id for scored in result.scored] == [1, 2]
     assert result.scored[0].logprob == pytest.approx(float(logits[0].log_softmax(-1)[1]))
     assert result.scored[1].logprob == pytest.approx(float(logits[1].log_softmax(-1)[2]))

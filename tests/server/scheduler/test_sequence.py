@@ -14,16 +14,16 @@ def sequence(seed: int, generated: int = 0, **params) -> Sequence:
 
 
 def test_a_draw_depends_on_the_seed_and_the_index_only():
-    assert sequence(3, 2).uniform() == sequence(3, 2).uniform()
-    draws = {sequence(seed, index).uniform() for seed in range(50) for index in range(50)}
+    assert sequence(3, 2).uniform(4) == sequence(3, 1).uniform(4)
+    draws = {sequence(seed).uniform(2 + index) for seed in range(50) for index in range(50)}
     assert len(draws) == 2500
     assert all(0 <= draw < 1 for draw in draws)
     assert abs(sum(draws) / len(draws) - 0.5) < 0.02
 
 
 def test_negative_and_huge_seeds_draw_too():
-    assert 0 <= sequence(-(2**63)).uniform() < 1
-    assert sequence(-1).uniform() != sequence(1).uniform()
+    assert 0 <= sequence(-(2**63)).uniform(1) < 1
+    assert sequence(-1).uniform(1) != sequence(1).uniform(1)
 
 
 def test_the_last_token_is_never_computed():
@@ -50,6 +50,16 @@ def test_the_models_own_ends_are_forbidden_too_unless_they_are_ignored():
 @pytest.mark.parametrize(("generated", "forbidden"), [(0, {3, 4}), (2, {3, 4}), (3, set())])
 def test_stop_ids_are_forbidden_until_there_are_min_tokens(generated, forbidden):
     assert sequence(0, generated, min_tokens=3, stop_token_ids=frozenset({3, 4})).forbidden == forbidden
+
+
+@pytest.mark.parametrize(
+    "asked", [{"logprobs": 0}, {"num_beams": 2, "temperature": 0.0}, {"presence_penalty": 1.0}, {"min_tokens": 9}]
+)
+def test_what_needs_the_host_between_two_tokens_is_not_plain(asked):
+    assert sequence(0, temperature=0.5, top_p=0.5, stop_token_ids=frozenset({3})).is_plain
+    assert not sequence(0, stop_token_ids=frozenset({3}), **asked).is_plain
+    request = replace(sequence(0).request, last_id=3)
+    assert not Sequence(request, 0).is_plain
 
 
 def test_a_row_without_options_is_not_adjusted():

@@ -1,0 +1,67 @@
+"""Plain rows are sampled without waiting for the device; what has no numbers at all stands in for one that is busy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prefix_store.errors import PrefixNumerics
+from server.engine.batch import Selection
+from server.engine.sampler import sample
+from server.scheduler.messages import GenerationRequest
+from server.scheduler.plan import Row
+from server.scheduler.sampling_params import SamplingParams
+from server.scheduler.sequence import Sequence
+
+VOCABULARY = 600
+PLAIN = [
+    {"temperature": 0.0},
+    {},
+    {"temperature": 0.7, "seed": 3},
+    {"top_k": 5},
+    {"top_p": 0.9},
+    {"top_k": 599, "top_p": 0.5},
+    {"min_p": 0.2},
+    {"temperature": 0.0, "ignore_eos": True, "stop_token_ids": frozenset({1})},
+]
+OTHERS = [
+    {"logprobs": 0},
+    {"temperature": 0.0, "repetition_penalty": 1.1},
+    {"logit_bias": ((3, 1.0),)},
+    {"temperature": 0.0, "min_tokens": 2, "stop_token_ids": frozenset({1})},
+]
+
+
+def selections(*params: dict) -> list[Selection]:
+    """A row of one token for each, which samples."""
+    requests = [GenerationRequest(str(i), "t", (i,), SamplingParams(**one)) for i, one in enumerate(params)]
+    return [Selection(Row(Sequence(request, seed=i), 0, 1), i, 1) for i, request in enumerate(requests)]
+
+
+def test_the_host_waits_for_no_plain_row():
+    found = sample(torch.empty(len(PLAIN), VOCABULARY, device="meta"), selections(*PLAIN))
+    assert found.tokens.shape == (len(PLAIN),)
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_it_would_be_seen_if_it_did(other):
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        sample(torch.empty(2, VOCABULARY, device="meta"), selections(PLAIN[0], other))
+
+
+@pytest.mark.parametrize("params", PLAIN)
+def test_a_row_that_is_no_number_gives_a_token_that_the_model_knows_and_an_error(params):
+    logits = torch.full((2, VOCABULARY), torch.nan)
+    logits[1] = torch.linspace(0, 9, VOCABULARY)
+    found = sample(logits, selections(params, {"temperature": 0.0}))
+    broken, sound = found.read()
+    assert 0 <= int(found.tokens[0]) < VOCABULARY
+    assert isinstance(broken.error, PrefixNumerics)
+    assert (sound.token_id, int(found.tokens[1])) == (VOCABULARY - 1, VOCABULARY - 1)
+
+
+def test_a_row_that_does_not_sample_yet_keeps_nobody_waiting():
+    request = GenerationRequest("long", "t", (1, 2, 3), SamplingParams(repetition_penalty=2.0))
+    part = Selection(Row(Sequence(request, seed=0), 0, 2), 1, 0)
+    first, second = sample(torch.eye(1, 5), [*selections({"temperature": 0.0}), part]).read()
+    assert (first.token_id, second.token_id, second.error) == (0, None, None)
