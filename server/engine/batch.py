@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from server.engine.attention.memory import MemoryItem, memory_items
 from server.engine.attention.work import WorkItem, cross_items, encoder_items, work_items
+from server.engine.transit import bring
 from server.scheduler.plan import Row, StepPlan
 
 
@@ -24,6 +25,14 @@ class Selection:
     def last(self) -> int:
         """Where the logits of the next token are."""
         return self.first + self.count - 1
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Tokens `[M]` on the device that the host has not read; which is whose, by the `id` of the sequence."""
+
+    tokens: torch.Tensor
+    places: Mapping[int, int]
 
 
 @dataclass(frozen=True)
@@ -46,11 +55,11 @@ class Sources:
         """See `Batch.on`."""
         return replace(
             self,
-            token_ids=self.token_ids.to(device),
-            positions=self.positions.to(device),
-            slots=self.slots.to(device),
-            work=self.work.to(lists),
-            cross=self.cross.to(lists),
+            token_ids=bring(self.token_ids, device),
+            positions=bring(self.positions, device),
+            slots=bring(self.slots, device),
+            work=bring(self.work, lists),
+            cross=bring(self.cross, lists),
         )
 
 
@@ -58,7 +67,8 @@ class Sources:
 class Batch:
     """`token_ids` and `positions` `[1, T]`, `slots` `[T]`, `selected` `[N]` packed indices whose logits are wanted.
 
-    `work` and `memories`: see `StackStep`. `sources`: None for a decoder-only model.
+    `work` and `memories`: see `StackStep`. `sources`: None for a decoder-only model. `token_ids` are
+    places in `unread` where there is that: tokens `[M]` that the step before gave, on the device.
     """
 
     token_ids: torch.Tensor
@@ -69,25 +79,29 @@ class Batch:
     selected: torch.Tensor
     selections: tuple[Selection, ...]
     sources: Sources | None = None
+    unread: torch.Tensor | None = None
 
     def on(self, device: torch.device, lists: torch.device) -> Batch:
         """The same with its tensors on the model's device, and work and memories where the backend reads them."""
+        token_ids = bring(self.token_ids, device)
         return replace(
             self,
-            token_ids=self.token_ids.to(device),
-            positions=self.positions.to(device),
-            slots=self.slots.to(device),
-            work={window: lines.to(lists) for window, lines in self.work.items()},
-            memories=self.memories.to(lists) if self.memories is not None else None,
-            selected=self.selected.to(device),
+            token_ids=token_ids if self.unread is None else self.unread[token_ids],
+            positions=bring(self.positions, device),
+            slots=bring(self.slots, device),
+            work={window: bring(lines, lists) for window, lines in self.work.items()},
+            memories=bring(self.memories, lists) if self.memories is not None else None,
+            selected=bring(self.selected, device),
             sources=self.sources.on(device, lists) if self.sources is not None else None,
+            unread=None,
         )
 
 
-def build(plan: StepPlan, windows: Iterable[int], *, relative: bool = False) -> Batch:
+def build(plan: StepPlan, windows: Iterable[int], *, relative: bool = False, unread: Unread | None = None) -> Batch:
     """Packs a plan, on the host. Rows that share a prefix become neighbours; `selections` stay in the plan's order.
 
-    `relative`: the model's positions are relative, see `work_items`.
+    `relative`: the model's positions are relative, see `work_items`. `unread`: what the rows of a plan that was made
+    ahead go on with.
     """
     packed = sorted(plan.rows, key=_prefix_start)
     token_ids: list[int] = []
@@ -99,7 +113,8 @@ def build(plan: StepPlan, windows: Iterable[int], *, relative: bool = False) -> 
         wanted = _wanted(row, len(token_ids))
         selections[id(row.sequence)] = Selection(row, len(selected), len(wanted))
         selected.extend(wanted)
-        _pack(row, token_ids, positions, slots)
+        token_ids.extend(_token_ids(row, unread))
+        _pack(row, positions, slots)
     return Batch(
         token_ids=torch.tensor([token_ids]),
         positions=torch.tensor([positions]),
@@ -109,6 +124,7 @@ def build(plan: StepPlan, windows: Iterable[int], *, relative: bool = False) -> 
         selected=torch.tensor(selected, dtype=torch.long),
         selections=tuple(selections[id(row.sequence)] for row in plan.rows),
         sources=_sources(packed, relative) if packed[0].sequence.source is not None else None,
+        unread=unread.tokens if unread is not None else None,
     )
 
 
@@ -137,13 +153,16 @@ def _sources(packed: Sequence[Row], relative: bool) -> Sources:
     )
 
 
-def _pack(row: Row, token_ids: list[int], positions: list[int], slots: list[int]) -> None:
+def _token_ids(row: Row, unread: Unread | None) -> list[int]:
+    return row.sequence.tokens[row.start : row.end] if unread is None else [unread.places[id(row.sequence)]]
+
+
+def _pack(row: Row, positions: list[int], slots: list[int]) -> None:
     sequence = row.sequence
     end = row.end
     payload = sequence.request.prefix
     offset = payload.position_offset if payload is not None else 0
     assert sequence.extent is not None
-    token_ids.extend(sequence.tokens[row.start : end])
     positions.extend(range(offset + row.start, offset + end))
     slots.extend(range(sequence.extent.start + row.start, sequence.extent.start + end))
 

@@ -6,8 +6,9 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from prefix_store.errors import ModelUnsupported, OutOfMemory
 from prefix_store.model import shortage
@@ -15,9 +16,10 @@ from prefix_store.model.frozen import FrozenModel
 from server.distribution import SHORT_SECONDS, Distribution
 from server.engine import device_memory, self_test
 from server.engine.attention import ON_DEVICE, native, triton
-from server.engine.batch import build
+from server.engine.batch import Unread, build
 from server.engine.encoder_decoder import EncoderDecoderRunner
 from server.engine.kv_pool import KVPool, bytes_per_slot, memory_slots
+from server.engine.launched import Launched
 from server.engine.model_runner import ModelRunner
 from server.engine.room import Room
 from server.engine.sampled import Sampled
@@ -37,7 +39,7 @@ class Engine:
     Takes the model over: its attention is bound to the pool, and its linear layers are rounded to 8-bit integers where
     `int8` asks for it, after a self-test that raises ModelUnsupported.
 
-    `shortages` counts the times that memory ran out.
+    `shortages` counts the times that memory ran out. It `runs_ahead` where the device works by itself.
     """
 
     def __init__(
@@ -60,6 +62,8 @@ class Engine:
         self_test.check(self.runner, self._truths)
         self.loads = Distribution(SHORT_SECONDS)  # bringing a prefix from host memory
         self.shortages = 0
+        self.runs_ahead = frozen.device.type == "cuda"
+        self._launched: Launched | None = None
         self._room = Room(limits.step_tokens + source)
         self._memory = device_memory.of(frozen.device)
         self._clock = clock
@@ -95,19 +99,38 @@ class Engine:
         """The self-test once more, into slots that nobody may hold now: raises if the device computes no more."""
         self_test.check(self.runner, self._truths)
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the next step has been launched already, so that no other one is to be planned."""
+        return self._launched is not None and self._launched.is_alive
+
     def step(self) -> list[TokenEvent]:
         """One whole step; no events when there was nothing to run."""
         expired = self.scheduler.expire()
-        plan = self.scheduler.schedule()
-        return expired + self.commit(self.run(plan))
+        return expired + self.commit(self.advance(None if self.is_ahead else self.scheduler.schedule()))
 
-    def run(self, plan: StepPlan) -> StepDone:
-        """Carries a plan out on the device, as far as there is memory.
+    def advance(self, plan: StepPlan | None, lock: AbstractContextManager[Any] | None = None) -> StepDone:
+        """Carries a plan out or, if it `is_ahead` and there is none, waits for the step that was launched.
+
+        Where it `runs_ahead` the step behind that is launched before: the device goes on while the host reads. The lock
+        is held while the scheduler is asked for it.
+        """
+        step = self._launched if plan is None else self.launch(plan)
+        assert step is not None, "there is no step"
+        self._launched = None
+        behind = self._launch_behind(step, lock or nullcontext()) if self.runs_ahead else None
+        done = step.finish()
+        self._launched = behind  # a step that fails takes it along
+        return done
+
+    def launch(self, plan: StepPlan) -> Launched:
+        """Has the device carry a plan out, as far as there is memory.
 
         Where it runs out, a prefix is not brought, and rows are computed fewer at a time; a chunk that is too long even
         alone is cut short. Only a row for which there is no memory alone, and with a single token, gets an error.
         Nothing is lost by beginning anew: what a row writes into the pool, it writes once more.
         """
+        begun = time.perf_counter()
         lost = []
         for transfer in plan.transfers:
             if not isinstance(transfer, Load):
@@ -119,17 +142,36 @@ class Engine:
         while rows:
             pieces += self._next(rows)
         carried = StepPlan(plan.transfers, tuple(row for piece, _ in pieces for row in piece))
-        return StepDone(carried, [result for _, sampled in pieces for result in sampled.read()], tuple(lost))
+        return Launched(carried, tuple(sampled for _, sampled in pieces), tuple(lost), begun)
 
     def commit(self, done: StepDone) -> list[TokenEvent]:
         """Applies what came of a plan."""
         lost = [event for load in done.lost for event in self.scheduler.lose(load)]
         return lost + self.scheduler.commit(done.plan, done.results)
 
-    def compute(self, rows: Sequence[Row]) -> Sampled:
-        """Puts rows through the model together; one result for each. Raises what torch raises where memory runs out."""
-        batch = build(StepPlan((), tuple(rows)), self.runner.windows, relative=self.frozen.is_relative)
+    def compute(self, rows: Sequence[Row], unread: Unread | None = None) -> Sampled:
+        """Puts rows through the model together; one result for each. Raises what torch raises where memory runs out.
+
+        `unread`: what the rows of a plan that was made ahead go on with.
+        """
+        plan, relative = StepPlan((), tuple(rows)), self.frozen.is_relative
+        batch = build(plan, self.runner.windows, relative=relative, unread=unread)
         return sample(self.runner.run(batch), batch.selections)
+
+    def _launch_behind(self, step: Launched, lock: AbstractContextManager[Any]) -> Launched | None:
+        """The step that goes on with tokens which nobody has read; None where that cannot be, or there is no memory."""
+        unread = step.unread
+        if unread is None:
+            return None
+        with lock:
+            plan = self.scheduler.ahead(step.plan)
+        if plan is None:
+            return None
+        begun = time.perf_counter()
+        for transfer in plan.transfers:
+            self.pool.apply(transfer)
+        sampled = self._attempt(lambda: self.compute(plan.rows, unread))
+        return Launched(plan, (sampled,), (), begun) if sampled is not None else None
 
     def _next(self, rows: deque[Row]) -> list[tuple[list[Row], Sampled]]:
         """Computes the first of `rows`, as many as there is room for, and takes them away; none if there was not."""

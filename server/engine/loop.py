@@ -216,10 +216,11 @@ class EngineLoop:
             if self._stopping:
                 return False
             events = self._end_early()
-            begun = time.perf_counter()
-            plan = self._scheduler.schedule()
-            preloading, self._preloading = self._preloading, []
-        self._deliver(events + self._step(plan, preloading, begun))
+            plan, preloading = None, []
+            if not self._engine.is_ahead:
+                plan = self._scheduler.schedule()
+                preloading, self._preloading = self._preloading, []
+        self._deliver(events + self._step(plan, preloading))
         if self._is_doubtful:
             self._engine.check()  # it was the request's fault, or the device will not come back
             self._is_doubtful = False
@@ -230,14 +231,18 @@ class EngineLoop:
         return bool(self._stopping or self._aborted or self._preloading or scheduler.running or scheduler.waiting)
 
     def _end_early(self) -> list[TokenEvent]:
-        """Aborts and deadlines, taken between steps only: a running step reads the slots that this frees."""
+        """Aborts and deadlines, taken between steps only.
+
+        A step that is being launched reads the slots that this frees. One that was launched before does too, but
+        whatever the device is asked for next, it does behind that.
+        """
         aborted = [self._scheduler.abort(request_id, FinishReason.ABORT) for request_id in self._aborted]
         self._aborted.clear()
         return [event for event in aborted if event is not None] + self._scheduler.expire()
 
-    def _step(self, plan: StepPlan, preloading: list[Preloading], begun: float) -> list[TokenEvent]:
+    def _step(self, plan: StepPlan | None, preloading: list[Preloading]) -> list[TokenEvent]:
         try:
-            done = self._engine.run(plan)
+            done = self._engine.advance(plan, self._changed)
         except Exception as error:
             # Whatever it was, these rows cannot go on: their keys and values may be half written.
             _log.exception("a step failed")
@@ -250,7 +255,7 @@ class EngineLoop:
         _settle([one for one in preloading if one[0] in lost], OutOfMemory())
         _settle([one for one in preloading if one[0] not in lost])
         with self._changed:
-            self._meter.count(done.plan, begun, time.perf_counter())
+            self._meter.count(done.plan, done.begun, time.perf_counter())
             return self._engine.commit(done)
 
     def _deliver(self, events: list[TokenEvent]) -> None:

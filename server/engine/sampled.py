@@ -7,16 +7,16 @@ from collections.abc import Sequence as Rows
 import torch
 
 from prefix_store.errors import PrefixNumerics
-from server.engine.batch import Selection
+from server.engine.batch import Selection, Unread
 from server.engine.transit import Readback
 from server.scheduler.plan import RowResult
 
 
 class Sampled:
-    """One result for each of a step's selections. `tokens`: see `on_device`; None where the host knows them."""
+    """One result for each of a step's selections. `unread`: see `on_device`; None where the host knows the tokens."""
 
-    def __init__(self, tokens: torch.Tensor | None = None) -> None:
-        self.tokens = tokens
+    def __init__(self, unread: Unread | None = None) -> None:
+        self.unread = unread
         self._results: list[RowResult] = []
         self._selections: Rows[Selection] = ()
         self._told: Readback | None = None
@@ -34,15 +34,10 @@ class Sampled:
 
         They are valid ids, whatever the logits were, so that a step may go on with them before they are read.
         """
-        sampled = cls(tokens)
+        sampled = cls(Unread(tokens, {id(s.row.sequence): s.last for s in selections if s.count}))
         sampled._selections = selections
         sampled._told = Readback(tokens.where(finite, -1))
         return sampled
-
-    @property
-    def places(self) -> dict[int, int]:
-        """Where in `tokens` each sequence's is, by its `id`."""
-        return {id(s.row.sequence): s.last for s in self._selections if s.count}
 
     def read(self) -> list[RowResult]:
         """The results, once the device has them."""

@@ -70,6 +70,9 @@ class StepBuffers:
             assert target.memories is not None
             target.memories[: len(batch.memories)] = batch.memories
         self._device.copy_(host, non_blocking=True)
+        if batch.unread is not None:
+            token_ids = self.batch.token_ids[:, :tokens]
+            token_ids.copy_(batch.unread[token_ids])
 
     def _shapes(self) -> list[tuple[int, ...]]:
         tokens, rows = self.bucket.tokens, self.bucket.rows

@@ -23,7 +23,7 @@ class StepMeter:
         self._ended_at = 0.0
 
     def count(self, plan: StepPlan, begun: float, now: float) -> None:
-        """Counts a step that was planned at one time and computed by another, and whose tokens are not applied yet."""
+        """Counts a step that was begun at one time and done by another, and whose tokens are not applied yet."""
         if not plan.rows:
             return  # nothing but what was to be brought or moved
         prefixes = set()
@@ -49,7 +49,7 @@ class StepMeter:
         self.rows.add(len(plan.rows))
         self.prefixes.add(len(prefixes))
         self.tokens.add(tokens)
-        self.seconds.add(now - begun)
+        self.seconds.add(now - max(begun, self._ended_at))  # it may have been launched behind another
         if decoding:
             self.gaps.add(now - self._ended_at, decoding)
         self._ended_at = now

@@ -23,6 +23,7 @@ class Admission:
     ) -> None:
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self._refused_at: tuple[int, int] | None = None
         self._waiting = waiting
         self._space = space
         self._service = service
@@ -43,6 +44,13 @@ class Admission:
             return []
         return self._turns()[0]
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it is known that of those who wait nobody could be let in as things are."""
+        if not self._waiting:
+            return True
+        return (self.rows == self._most_rows or self._refused_at == self._state) and not self.entitled
+
     def let_in(self) -> None:
         """Has the entitled run."""
         while lines := self.entitled:
@@ -53,8 +61,12 @@ class Admission:
         """Has run whoever is next, of those whose source is shorter than `most`; None where nobody fits."""
         if self.rows == self._most_rows:
             return None
-        lines = [line for turn in self._turns() for line in turn if line.first.source_length < most]
-        return self._first(lines, self._place)
+        lines = [line for turn in self._turns() for line in turn]
+        short = [line for line in lines if line.first.source_length < most]
+        sequence = self._first(short, self._place)
+        if sequence is None and len(short) == len(lines):
+            self._refused_at = self._state
+        return sequence
 
     def bring_preloads(self) -> None:
         """Finds room for what is to be preloaded, if need be at the cost of rows."""
@@ -66,7 +78,7 @@ class Admission:
 
     def make_room(self, sequence: Sequence) -> bool:
         """Sees to a slot for the sequence's next token; False if the sequence itself had to be preempted."""
-        while not self._space.grow(sequence):
+        while not self._space.grow(sequence, sequence.computed):
             # Those before it may be planned already, and what is planned is never taken back.
             candidates = self.running[self.running.index(sequence) :]
             newest = fairness.newest_of_most(candidates, fairness.rows_by_tenant(self.running))
@@ -86,6 +98,11 @@ class Admission:
         """A sequence runs no more."""
         self.running.remove(sequence)
         self._space.vacate(sequence)
+
+    @property
+    def _state(self) -> tuple[int, int]:
+        """What a refusal goes by: who waits, and what has been free."""
+        return self._waiting.changes, self._space.slots.releases
 
     def _can_make_way(self) -> bool:
         rows = fairness.rows_by_tenant(self.running)

@@ -54,9 +54,14 @@ class Row:
         return self.end >= len(self.sequence.tokens)
 
     @property
+    def is_alive(self) -> bool:
+        """Whether its sequence still runs: it may have ended since the row was planned."""
+        return self.sequence.owner.extent is not None
+
+    @property
     def encodes(self) -> bool:
         """Whether the encoder reads the sequence's source in this step."""
-        return self.sequence.is_unread
+        return self.start == 0 and self.sequence.is_unread
 
     @property
     def cost(self) -> int:
@@ -107,8 +112,10 @@ class StepDone:
     """What came of a plan. `plan` is what of it was carried out: rows may have been left out or cut short.
 
     `results` are those of its rows. What is `lost` there was no memory to bring, and whoever reads it was left out.
+    `begun` is when the device was asked, by the host's performance counter.
     """
 
     plan: StepPlan
     results: list[RowResult]
+    begun: float
     lost: tuple[Load, ...] = ()

@@ -52,7 +52,7 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}
         self._pace = Pace()
         self._step_cost = StepCost()
-        self._planned_at = 0.0
+        self._begun_at = 0.0  # the step that is committed next
         self._eos_ids = eos_ids
         self._clock = clock
 
@@ -95,13 +95,32 @@ class Scheduler:
         shares = fairness.share_out(budget, prompts)
         chunks = [row for sequence, count in shares for row in self._rows(sequence, count)]
         rows += chunks + beside + self._admit(budget - _tokens(chunks), unread, is_first=not chunks + beside)
-        self._planned_at = self._clock()
+        self._begun_at = self._clock()
         return StepPlan(self.space.take_transfers(), tuple(rows))
+
+    def ahead(self, plan: StepPlan) -> StepPlan | None:
+        """The step behind one that has not been committed; None where what comes of that may make it another one.
+
+        All that run go on by a token each, but those that end whatever comes. One that turns out to have ended is
+        computed in vain: its row is not alive then, and not to be committed.
+        """
+        rows = [row for row in plan.rows if row.is_alive]
+        if len(rows) < len(self.running) or not all(row.samples and row.sequence.is_plain for row in rows):
+            return None
+        going = [row for row in rows if row.sequence.generated + 1 < row.sequence.request.params.max_tokens]
+        is_certain = self.admission.is_closed and (len(going) == len(rows) or not self.waiting)
+        if not going or self.space.preloads.missing or not is_certain:
+            return None
+        if not all(self.space.grow(row.sequence, row.end) for row in going):
+            return None
+        return StepPlan(self.space.take_transfers(), tuple(Row(row.sequence, row.end, 1) for row in going))
 
     def commit(self, plan: StepPlan, results: Iterable[RowResult]) -> list[TokenEvent]:
         """Applies what the rows of a plan produced, in the plan's order; they may be fewer and shorter than planned."""
+        now = self._clock()
         if plan.rows and not plan.transfers:
-            self._step_cost.note(*backlog.done(plan.rows), self._clock() - self._planned_at)
+            self._step_cost.note(*backlog.done(plan.rows), now - self._begun_at)
+        self._begun_at = now  # one that was planned ahead runs from here on
         events = [self._commit_rows(*found) for found in outcome.by_sequence(plan.rows, results)]
         return [event for event in events if event is not None]
 

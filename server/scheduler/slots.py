@@ -34,6 +34,7 @@ class SlotAllocator:
 
     def __init__(self, total: int) -> None:
         self.total = total
+        self.releases = 0
         self._free: list[Extent] = [Extent(0, total)] if total else []  # sorted by start
         self._held: dict[int, Extent] = {}
 
@@ -67,6 +68,7 @@ class SlotAllocator:
         if self._held.get(extent.start) != extent:
             raise KeyError(f"{extent} is not held")
         del self._held[extent.start]
+        self.releases += 1
         index = bisect_left(self._free, extent.start, key=lambda free: free.start)
         start, end = extent.start, extent.end
         if index < len(self._free) and self._free[index].start == end:

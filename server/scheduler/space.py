@@ -78,12 +78,15 @@ class Space:
             self.residency.count_start(sequence.resident)
         return True
 
-    def grow(self, sequence: Sequence) -> bool:
-        """Sees to a slot for the sequence's next token, in place or elsewhere; False if there is none."""
+    def grow(self, sequence: Sequence, index: int) -> bool:
+        """Sees to a slot for the sequence's token of that index, in place or elsewhere; False if there is none.
+
+        Those before it are computed by then.
+        """
         extent, width = sequence.extent, sequence.width
         assert extent is not None
         each = extent.size // width
-        if sequence.computed < each:
+        if index < each:
             return True
         size = width * min(2 * each, sequence.final_length)
         # the parts of beams would overlap where they were
@@ -93,7 +96,7 @@ class Space:
             if grown is None:
                 return False
             parts = ((extent.part(index, width), grown.part(index, width)) for index in range(width))
-            self._transfers += [Move(*part, sequence.computed) for part in parts]
+            self._transfers += [Move(*part, index) for part in parts]
             self.slots.release(extent)
         sequence.extent = grown
         return True

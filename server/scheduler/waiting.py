@@ -57,6 +57,7 @@ class WaitingQueue:
         self._service = service
         self._lines: dict[str, Line] = {}
         self._last_tenant: str | None = None
+        self.changes = 0  # of who waits
 
     def __len__(self) -> int:
         return sum(len(line) for line in self._lines.values())
@@ -78,16 +79,19 @@ class WaitingQueue:
             yours = f", {own} of them yours" if own < waiting else ""
             raise Overloaded(f"{waiting} requests are waiting already{yours}; try again later")
         self._line(tenant).push(sequence)
+        self.changes += 1
 
     def push_front(self, sequence: Sequence) -> None:
         """Adds a preempted sequence before all others of its tenant."""
         self._line(sequence.request.tenant).push_front(sequence)
+        self.changes += 1
 
     def remove(self, sequence: Sequence) -> None:
         """Takes that one out."""
         tenant = sequence.request.tenant
         line = self._lines[tenant]
         line.remove(sequence)
+        self.changes += 1
         if not line:
             del self._lines[tenant]
             self._last_tenant = tenant

@@ -16,10 +16,11 @@ from prefix_store.model import shortage
 from server.engine import sampler
 from server.engine.batch import Batch, Selection
 from server.engine.engine import Engine
+from server.engine.launched import Launched
 from server.engine.room import PATIENCE
 from server.engine.sampled import Sampled
 from server.scheduler.messages import FinishReason, GenerationRequest, PrefixPayload, TokenEvent
-from server.scheduler.plan import StepDone, StepPlan
+from server.scheduler.plan import StepPlan
 from server.scheduler.sampling_params import SamplingParams
 from tests.models import VOCABULARY, random_kv, tiny_frozen, tiny_model
 from tests.parity.harness import TOLERANCE, Case, make_engine, payload, recorded, request, run_mixed, worst_difference
@@ -69,16 +70,16 @@ def tokens_of(batch: Batch) -> int:
 @pytest.fixture(autouse=True)
 def in_order(monkeypatch):
     """What is carried out of a plan is in its order, and only readers of what is lost are left out."""
-    run = Engine.run
+    launch = Engine.launch
 
-    def checked(engine: Engine, plan: StepPlan) -> StepDone:
-        done = run(engine, plan)
+    def checked(engine: Engine, plan: StepPlan) -> Launched:
+        done = launch(engine, plan)
         planned = [row for row in plan.rows if not any(load.is_read_by(row.sequence) for load in done.lost)]
         assert [(row.sequence, row.start) for row in done.plan.rows] == [(row.sequence, row.start) for row in planned]
         assert all(0 < row.count <= whole.count for row, whole in zip(done.plan.rows, planned, strict=True))
         return done
 
-    monkeypatch.setattr(Engine, "run", checked)
+    monkeypatch.setattr(Engine, "launch", checked)
 
 
 @pytest.fixture(scope="module")

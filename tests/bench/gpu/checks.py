@@ -78,9 +78,12 @@ def backend(setup: Setup) -> Found:
 
 
 def same_bits(setup: Setup) -> Found:
-    """The same requests give the same bits again; and played as CUDA graphs those of the same padded steps run anew."""
+    """The same requests give the same bits again; with steps launched before the last is read those of one by one; and
+    played as CUDA graphs those of the same padded steps run anew.
+    """
     frozen = _tiny(setup, "llama", setup.size.dtype)
     yield "again", _same(frozen, make_engine, make_engine)
+    yield "ahead", _same(frozen, partial(_running, ahead=True), partial(_running, ahead=False))
     if setup.device != "cpu":
         yield "graphs", _same(frozen, partial(_recorded, record=CudaRecorder()), partial(_recorded, record=again))
 
@@ -90,6 +93,12 @@ def _same(frozen: FrozenModel, one: Callable[..., Engine], other: Callable[..., 
     expected = _bits(other(frozen), kvs)
     control = not torch.equal(_bits(one(frozen), kvs[::-1]), expected)
     return {"passed": torch.equal(_bits(one(frozen), kvs), expected) and control, "control": control}
+
+
+def _running(frozen: FrozenModel, *, ahead: bool) -> Engine:
+    engine = make_engine(frozen)
+    engine.runs_ahead = ahead
+    return engine
 
 
 def _recorded(frozen: FrozenModel, record: Recorder) -> Engine:

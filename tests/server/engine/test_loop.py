@@ -20,9 +20,11 @@ from tests.server import loops
 LIMITS = Limits(slots=1024, rows=4, step_tokens=32, context_length=200, waiting=6)
 
 
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine(tiny_frozen("llama"), LIMITS)
+@pytest.fixture(scope="module", params=[False, True], ids=["step by step", "ahead"])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    engine = Engine(tiny_frozen("llama"), LIMITS)
+    engine.runs_ahead = request.param
+    return engine
 
 
 @pytest.fixture
@@ -135,10 +137,10 @@ def test_a_loop_that_dies_answers_everyone_and_says_so(engine, monkeypatch, capl
 def test_a_request_that_breaks_every_step_it_is_in_ends_nothing_else(loop, engine, monkeypatch):
     compute = engine.compute
 
-    def broken(rows):
+    def broken(rows, *unread):
         if any(row.sequence.request.id.startswith("poison") for row in rows):
             raise RuntimeError("an index is out of range")
-        return compute(rows)
+        return compute(rows, *unread)
 
     expected, _ = collect(submit(loop, request("before")))
     monkeypatch.setattr(engine, "compute", broken)
@@ -146,6 +148,32 @@ def test_a_request_that_breaks_every_step_it_is_in_ends_nothing_else(loop, engin
         assert collect(submit(loop, request(f"poison {number}")))[1].finish_reason is FinishReason.ERROR
     assert (loop.is_alive, loop.has_failed) == (True, False)
     assert collect(submit(loop, request("after")))[0] == expected
+
+
+def test_a_step_that_breaks_behind_another_is_as_any_that_breaks(loop, engine, monkeypatch):
+    compute = engine.compute
+
+    def broken(rows, unread=None):
+        if unread is not None:
+            raise RuntimeError("device lost")
+        return compute(rows)
+
+    expected, _ = collect(submit(loop, request("before")))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "runs_ahead", True)
+        patch.setattr(engine, "compute", broken)
+        assert collect(submit(loop, request("broken")))[1].finish_reason is FinishReason.ERROR
+    assert collect(submit(loop, request("after")))[0] == expected
+
+
+def test_what_is_preloaded_does_not_wait_for_who_runs(loop, engine):
+    prefix = PrefixPayload("there", 4, 4, True, random_kv(engine.frozen, 4))
+    stream = submit(loop, request("long", new=190))
+    loop.preload(prefix, "me").result(timeout=20)
+    loop.release("there", "me")
+    assert loop.stats().running == 1, "too short a request to tell"
+    loop.abort("long")
+    collect(stream)
 
 
 @pytest.mark.parametrize("is_wrong", [True, False])

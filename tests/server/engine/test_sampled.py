@@ -40,7 +40,7 @@ def selections(*params: dict) -> list[Selection]:
 
 def test_the_host_waits_for_no_plain_row():
     found = sample(torch.empty(len(PLAIN), VOCABULARY, device="meta"), selections(*PLAIN))
-    assert found.tokens.shape == (len(PLAIN),)
+    assert found.unread.tokens.shape == (len(PLAIN),)
 
 
 @pytest.mark.parametrize("other", OTHERS)
@@ -55,9 +55,9 @@ def test_a_row_that_is_no_number_gives_a_token_that_the_model_knows_and_an_error
     logits[1] = torch.linspace(0, 9, VOCABULARY)
     found = sample(logits, selections(params, {"temperature": 0.0}))
     broken, sound = found.read()
-    assert 0 <= int(found.tokens[0]) < VOCABULARY
+    assert 0 <= int(found.unread.tokens[0]) < VOCABULARY
     assert isinstance(broken.error, PrefixNumerics)
-    assert (sound.token_id, int(found.tokens[1])) == (VOCABULARY - 1, VOCABULARY - 1)
+    assert (sound.token_id, int(found.unread.tokens[1])) == (VOCABULARY - 1, VOCABULARY - 1)
 
 
 def test_a_row_that_does_not_sample_yet_keeps_nobody_waiting():

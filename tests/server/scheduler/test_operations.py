@@ -47,6 +47,7 @@ class Operations(RuleBasedStateMachine):
         self.now = 0.0
         self.made = 0
         self.unanswered: set[str] = set()
+        self.behind: StepPlan | None = None
 
     @initialize(
         slots=st.integers(100, 260),
@@ -67,7 +68,7 @@ class Operations(RuleBasedStateMachine):
         for _ in range(3000):
             if not self.unanswered:
                 break
-            self.step(set(), set(), 1000)
+            self.step(set(), set(), 1000, False)
             self.scheduler.check_integrity()
         assert not self.unanswered, "somebody is never served"
         assert self.scheduler.slots.used == sum(r.extent.size for r in self.scheduler.residency.residents())
@@ -125,14 +126,16 @@ class Operations(RuleBasedStateMachine):
         unlucky=st.sets(st.integers(0, 7), max_size=2),
         missing=st.sets(st.integers(0, 3), max_size=1),
         most=st.sampled_from([1, 3, 1000, 1000]),
+        is_ahead=st.booleans(),
     )
-    def step(self, unlucky: set[int], missing: set[int], most: int) -> None:
-        """`missing` of its loads find no memory; of no row more than `most` tokens are computed."""
+    def step(self, unlucky: set[int], missing: set[int], most: int, is_ahead: bool) -> None:
+        """`missing` of its loads find no memory; of no row more than `most` tokens are computed.
+
+        If it `is_ahead`, the step behind it is planned, if it can be, before what comes of it is known.
+        """
         self.now += 1.0
         self.answer(self.scheduler.expire())
-        plan = self.scheduler.schedule()
-        assert bool(plan.rows) == bool(self.unanswered)
-        assert not self.scheduler.space.preloads.missing
+        plan = self.planned()
         self.check_tokens(plan.rows)
         assert len({row.sequence for row in plan.rows}) == len(plan.rows)
         assert all(row.sequence.owner in self.scheduler.running and row.count > 0 for row in plan.rows)
@@ -150,8 +153,23 @@ class Operations(RuleBasedStateMachine):
             ]
         self.scheduler.check_integrity()
         carried = StepPlan(plan.transfers, tuple(replace(row, count=min(most, row.count)) for row in rows))
+        self.behind = self.scheduler.ahead(carried) if is_ahead else None
+        if self.behind is not None:
+            self.scheduler.check_integrity()
+            assert self.behind.rows
+            assert all(row.samples and row.end <= row.sequence.extent.size for row in self.behind.rows)
         results = [self.result(row, i, unlucky) for i, row in enumerate(carried.rows)]
         self.answer(self.scheduler.commit(carried, results))
+
+    def planned(self) -> StepPlan:
+        """What of a plan that was made ahead is still to be had, or else a new one."""
+        rows = tuple(row for row in self.behind.rows if row.is_alive) if self.behind is not None else ()
+        if rows:
+            return StepPlan(self.behind.transfers, rows)
+        plan = self.scheduler.schedule()
+        assert bool(plan.rows) == bool(self.unanswered)
+        assert not self.scheduler.space.preloads.missing
+        return plan
 
     def check_tokens(self, rows) -> None:
         """Those that are read too, unless it is one source that takes more than there are."""

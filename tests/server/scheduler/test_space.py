@@ -36,15 +36,15 @@ def test_the_parts_of_a_group_grow_apart():
     group = make_sequence(prompt=4, new=9, beams=3)
     assert space.place(group, 12)
     group.computed = 3
-    assert space.grow(group)
+    assert space.grow(group, group.computed)
     assert space.take_transfers() == ()
     group.computed = 4
-    assert space.grow(group)
+    assert space.grow(group, group.computed)
     assert group.extent.size == 24
     moves = space.take_transfers()
     assert [(move.source.start, move.target.start, move.size) for move in moves] == [(0, 12, 4), (4, 20, 4), (8, 28, 4)]
     group.computed = 8
-    assert not space.grow(group)  # 36 more are not free
+    assert not space.grow(group, group.computed)  # 36 more are not free
     space.check_integrity([group])
 
 
@@ -54,14 +54,14 @@ def test_growth_is_in_place_or_a_move():
     assert space.place(first, 4)
     assert space.place(second, 4)
     first.computed = second.computed = 4
-    assert space.grow(second)
+    assert space.grow(second, second.computed)
     assert space.take_transfers() == ()
-    assert space.grow(first)
+    assert space.grow(first, first.computed)
     (move,) = space.take_transfers()
     assert isinstance(move, Move)
     assert (first.extent.size, second.extent.size) == (8, 8)
     first.computed = 8
-    assert not space.grow(first)
+    assert not space.grow(first, first.computed)
     space.check_integrity([first, second])
 
 

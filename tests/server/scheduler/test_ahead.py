@@ -1,0 +1,171 @@
+"""A step planned before the one before it is read is the step that would have been planned after."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import Counter
+
+import pytest
+
+from server.scheduler.limits import Limits
+from server.scheduler.messages import FinishReason, GenerationRequest, PrefixPayload
+from server.scheduler.plan import RowResult, StepPlan
+from server.scheduler.sampling_params import SamplingParams
+from server.scheduler.scheduler import Scheduler
+from tests.server.scheduler.traffic import EOS
+
+SAYS = 7
+
+
+def make(rows: int = 4, slots: int = 400, step_tokens: int = 32) -> Scheduler:
+    return Scheduler(Limits(slots, rows, step_tokens, 100, 50), frozenset({EOS}), lambda: 0.0)
+
+
+def add(scheduler: Scheduler, name: str, prompt: int = 3, new: int = 9, tenant: str = "t", **params) -> None:
+    chosen = SamplingParams(**{"max_tokens": new, **params})
+    scheduler.add(GenerationRequest(name, tenant, tuple(range(prompt)), chosen), seed=0)
+
+
+def results(plan: StepPlan, ending: set[str] = frozenset()) -> list[RowResult]:
+    says = [EOS if row.sequence.request.id in ending else SAYS for row in plan.rows]
+    return [RowResult(token if row.samples else None) for token, row in zip(says, plan.rows, strict=True)]
+
+
+def alive(plan: StepPlan) -> StepPlan:
+    return StepPlan(plan.transfers, tuple(row for row in plan.rows if row.is_alive))
+
+
+def seen(plan: StepPlan) -> object:
+    """A plan by what the device does of it."""
+    rows = [(row.sequence.request.id, row.start, row.count, row.sequence.extent) for row in plan.rows]
+    return sorted(rows), plan.transfers
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_it_is_the_plan_that_would_have_been_made(seed):
+    """As far as no row ends; where it declines, nothing is compared."""
+    draw = random.Random(seed)
+    scheduler = make(draw.choice([1, 3, 8]), draw.choice([150, 250, 1000]), draw.choice([8, 32]))
+    found = Counter()
+    for number in range(12):
+        new, greedy = draw.choice([1, 2, 30, 60]), draw.choice([0.0, 1.0])
+        penalty = draw.choice([1.0] * 9 + [1.2])
+        add(scheduler, f"{number}", draw.choice([1, 5, 30]), new, temperature=greedy, repetition_penalty=penalty)
+    while scheduler.running or scheduler.waiting:
+        plan = scheduler.schedule()
+        early, early_plan = copy.deepcopy((scheduler, plan))
+        behind = early.ahead(early_plan)
+        found[behind is not None] += 1
+        scheduler.commit(plan, results(plan))
+        if behind is None:
+            continue
+        early.commit(early_plan, results(early_plan))
+        assert seen(alive(behind)) == seen(copy.deepcopy(scheduler).schedule())
+        early.check_integrity()
+    assert found[True]
+    assert found[False]
+
+
+@pytest.fixture
+def scheduler() -> Scheduler:
+    return make()
+
+
+def decoding(scheduler: Scheduler, *names: str, **params) -> StepPlan:
+    """A step of these requests that has been planned, after the one that reads their prompts."""
+    for name in names:
+        add(scheduler, name, **params)
+    plan = scheduler.schedule()
+    scheduler.commit(plan, results(plan))
+    return scheduler.schedule()
+
+
+def test_what_has_ended_is_left_out_when_it_is_known_and_not_before(scheduler):
+    plan = decoding(scheduler, "a", "b")
+    behind = scheduler.ahead(plan)
+    assert [(row.sequence.request.id, row.start) for row in behind.rows] == [("a", 4), ("b", 4)]
+    scheduler.commit(plan, results(plan, {"a"}))
+    assert [row.sequence.request.id for row in alive(behind).rows] == ["b"]
+    third = scheduler.ahead(alive(behind))
+    assert [(row.sequence.request.id, row.start) for row in third.rows] == [("b", 5)]
+    scheduler.commit(alive(behind), results(alive(behind)))
+    scheduler.check_integrity()
+
+
+def test_whoever_is_at_its_last_token_is_not_in_it(scheduler):
+    add(scheduler, "long")
+    plan = decoding(scheduler, "short", new=2)
+    assert [row.sequence.request.id for row in scheduler.ahead(plan).rows] == ["long"]
+
+
+def test_there_is_none_behind_the_end_of_all(scheduler):
+    assert scheduler.ahead(decoding(scheduler, "a", "b", new=2)) is None
+
+
+def test_a_step_that_reads_the_end_of_a_prompt_may_have_one_behind_it(scheduler):
+    add(scheduler, "a", prompt=40)
+    first = scheduler.schedule()
+    assert scheduler.ahead(first) is None
+    scheduler.commit(first, results(first))
+    assert [(row.start, row.count) for row in scheduler.ahead(scheduler.schedule()).rows] == [(40, 1)]
+
+
+@pytest.mark.parametrize("params", [{"logprobs": 0}, {"frequency_penalty": 1.0}, {"min_tokens": 8}])
+def test_a_row_that_the_host_has_to_look_at_keeps_all_from_it(scheduler, params):
+    add(scheduler, "plain")
+    assert scheduler.ahead(decoding(scheduler, "other", **params)) is None
+
+
+def test_it_waits_for_whoever_could_be_let_in(scheduler):
+    plan = decoding(scheduler, "a", "b")
+    add(scheduler, "new")
+    assert scheduler.ahead(plan) is None
+
+
+def test_who_waits_for_a_row_of_its_own_tenant_holds_nothing_up_until_one_is_free(scheduler):
+    names = ("a", "b", "c", "d", "waits")
+    plan = decoding(scheduler, *names, new=4)
+    assert [sequence.request.id for sequence in scheduler.waiting] == ["waits"]
+    assert len(scheduler.ahead(plan).rows) == 4
+    scheduler.commit(plan, results(plan))
+    last = scheduler.schedule()
+    assert scheduler.ahead(last).rows
+    scheduler.commit(last, results(last))
+    assert scheduler.ahead(scheduler.schedule()) is None, "their last tokens: the one that waits is next"
+
+
+def test_a_tenant_that_is_entitled_to_a_row_at_once_is_let_in(scheduler):
+    plan = decoding(scheduler, "a", "b", "c", "d")
+    add(scheduler, "new", tenant="other")
+    assert scheduler.ahead(plan) is None
+
+
+def test_it_waits_for_what_is_to_be_preloaded(scheduler):
+    plan = decoding(scheduler, "a")
+    scheduler.space.preload(PrefixPayload("p", 5, 5, True, None), "somebody")
+    assert scheduler.ahead(plan) is None
+
+
+def test_it_takes_slots_from_nobody():
+    scheduler = make(rows=2, slots=140)
+    plan = decoding(scheduler, "a", "b", prompt=4, new=90)
+    for _ in range(200):
+        behind = scheduler.ahead(plan)
+        if behind is None:
+            break
+        scheduler.commit(plan, results(plan))
+        plan = behind
+    scheduler.commit(plan, results(plan))
+    assert scheduler.admission.preemptions == 0
+    scheduler.schedule()
+    assert scheduler.admission.preemptions == 1
+    scheduler.check_integrity()
+
+
+def test_what_is_aborted_meanwhile_is_not_alive(scheduler):
+    plan = decoding(scheduler, "a", "b")
+    behind = scheduler.ahead(plan)
+    scheduler.commit(plan, results(plan))
+    scheduler.abort("a", FinishReason.ABORT)
+    assert [row.sequence.request.id for row in alive(behind).rows] == ["b"]
