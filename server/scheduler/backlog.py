@@ -14,8 +14,7 @@ from server.scheduler.waiting import WaitingQueue
 def of(prompts: Collection[Sequence], waiting: WaitingQueue) -> Backlog:
     """Of those that have begun and of all that wait: tokens, and how many stand before each of them on average."""
     begun = [(sequence.remaining, sequence.computed + sequence.remaining / 2) for sequence in prompts]
-    tokens = sum(sequence.remaining for sequence in waiting)
-    return [*begun, (tokens, tokens / 2 / max(1, len(waiting)))]
+    return [*begun, (waiting.tokens, waiting.tokens / 2 / max(1, len(waiting)))]
 
 
 def context(prompts: Collection[Sequence]) -> float:

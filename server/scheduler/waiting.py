@@ -58,6 +58,7 @@ class WaitingQueue:
         self._lines: dict[str, Line] = {}
         self._last_tenant: str | None = None
         self.changes = 0  # of who waits
+        self.tokens = 0  # to be computed for all of them
 
     def __len__(self) -> int:
         return sum(len(line) for line in self._lines.values())
@@ -79,28 +80,33 @@ class WaitingQueue:
             yours = f", {own} of them yours" if own < waiting else ""
             raise Overloaded(f"{waiting} requests are waiting already{yours}; try again later")
         self._line(tenant).push(sequence)
-        self.changes += 1
+        self._note(sequence.remaining)
 
     def push_front(self, sequence: Sequence) -> None:
         """Adds a preempted sequence before all others of its tenant."""
         self._line(sequence.request.tenant).push_front(sequence)
-        self.changes += 1
+        self._note(sequence.remaining)
 
     def remove(self, sequence: Sequence) -> None:
         """Takes that one out."""
         tenant = sequence.request.tenant
         line = self._lines[tenant]
         line.remove(sequence)
-        self.changes += 1
+        self._note(-sequence.remaining)
         if not line:
             del self._lines[tenant]
             self._last_tenant = tenant
 
     def check_integrity(self) -> None:
-        """Raises AssertionError unless every line is its tenant's own and has somebody in it."""
+        """Raises AssertionError unless every line is its tenant's own and has somebody in it, and the tokens add up."""
+        assert self.tokens == sum(sequence.remaining for sequence in self), "tokens that wait are counted wrong"
         for tenant, line in self._lines.items():
             assert len(line) > 0, f"an empty line of {tenant}"
             assert all(sequence.request.tenant == tenant for sequence in line), f"a stranger in the line of {tenant}"
+
+    def _note(self, tokens: int) -> None:
+        self.changes += 1
+        self.tokens += tokens
 
     def _line(self, tenant: str) -> Line:
         line = self._lines.get(tenant)
