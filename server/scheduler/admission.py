@@ -61,10 +61,9 @@ class Admission:
         """Has run whoever is next, of those whose source is shorter than `most`; None where nobody fits."""
         if self.rows == self._most_rows:
             return None
-        lines = [line for turn in self._turns() for line in turn]
-        short = [line for line in lines if line.first.source_length < most]
-        sequence = self._first(short, self._place)
-        if sequence is None and len(short) == len(lines):
+        lines = [line for turn in self._turns() for line in turn if line.first.source_length < most]
+        sequence = self._first(lines, self._place)
+        if sequence is None and len(lines) == len(self._waiting.lines):
             self._refused_at = self._state
         return sequence
 
