@@ -241,7 +241,10 @@ def _load_whole(maker: Any, folder: Path, dtype: str) -> Any:
 def _available(device: str) -> torch.device:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ModelUnsupported(f"the device {device!r} was asked for, and this torch sees no GPU")
-    return torch.device(device)
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)  # streams, events and kernels of this thread are on that one from now on
+    return chosen
 
 
 def _check_config(config: Any) -> None:

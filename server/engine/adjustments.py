@@ -60,9 +60,9 @@ def _forbid(logits: torch.Tensor, sequences: Rows[Sequence]) -> None:
 
 
 def _force(logits: torch.Tensor, sequences: Rows[Sequence]) -> None:
-    for row, sequence in zip(logits, sequences, strict=True):
+    for index, sequence in enumerate(sequences):
         if sequence.forced is not None:
-            row.fill_(-torch.inf)[sequence.forced] = 0
+            logits[index].fill_(-torch.inf)[sequence.forced] = 0
 
 
 def _cells(values: Rows[Mapping[int, float]], logits: torch.Tensor) -> Cells:

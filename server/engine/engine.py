@@ -21,7 +21,7 @@ from server.engine.encoder_decoder import EncoderDecoderRunner
 from server.engine.kv_pool import KVPool, bytes_per_slot, memory_slots
 from server.engine.launched import Launched
 from server.engine.model_runner import ModelRunner
-from server.engine.room import Room
+from server.engine.room import PATIENCE, Room
 from server.engine.sampled import Sampled
 from server.engine.sampler import sample
 from server.engine.step_graphs import CudaRecorder
@@ -64,6 +64,7 @@ class Engine:
         self.shortages = 0
         self.runs_ahead = frozen.device.type == "cuda"
         self._launched: Launched | None = None
+        self._pause = 0  # steps with none behind them
         self._room = Room(limits.step_tokens + source)
         self._memory = device_memory.of(frozen.device)
         self._clock = clock
@@ -161,7 +162,8 @@ class Engine:
     def _launch_behind(self, step: Launched, lock: AbstractContextManager[Any]) -> Launched | None:
         """The step that goes on with tokens which nobody has read; None where that cannot be, or there is no memory."""
         unread = step.unread
-        if unread is None:
+        if unread is None or self._pause:
+            self._pause = max(0, self._pause - 1)
             return None
         with lock:
             plan = self.scheduler.ahead(step.plan)
@@ -171,7 +173,10 @@ class Engine:
         for transfer in plan.transfers:
             self.pool.apply(transfer)
         sampled = self._attempt(lambda: self.compute(plan.rows, unread))
-        return Launched(plan, (sampled,), (), begun) if sampled is not None else None
+        if sampled is None:
+            self._pause = PATIENCE
+            return None
+        return Launched(plan, (sampled,), (), begun)
 
     def _next(self, rows: deque[Row]) -> list[tuple[list[Row], Sampled]]:
         """Computes the first of `rows`, as many as there is room for, and takes them away; none if there was not."""

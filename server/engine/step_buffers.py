@@ -14,6 +14,7 @@ import torch
 
 from server.engine.attention.work import FIELDS
 from server.engine.batch import Batch
+from server.engine.transit import Mark
 
 MEMORY_FIELDS = 4
 
@@ -46,17 +47,17 @@ class StepBuffers:
         shapes = self._shapes()
         size = sum(map(prod, shapes))
         pinned = device.type == "cuda"
-        # Two by turns: a copy may still be on its way when the next step is written.
+        # Two by turns: a copy may still be on its way when the next step is written. Each with what it waits for.
         hosts = [torch.zeros(size, dtype=torch.long, pin_memory=pinned) for _ in range(2)]
         self._device = torch.zeros(size, dtype=torch.long, device=device)
-        self._hosts = [(host, self._batch(_split(host, shapes))) for host in hosts]
+        self._hosts = [(host, self._batch(_split(host, shapes)), Mark(device)) for host in hosts]
         self.batch = self._batch(_split(self._device, shapes))
         self.batch.slots.fill_(spare_slot)
 
     def fill(self, batch: Batch) -> None:
-        """Takes over a step that lies on the host and that the bucket holds; does not wait for the device."""
-        self._hosts.reverse()
-        host, target = self._hosts[0]
+        """Takes over a step that lies on the host and that the bucket holds; waits only for an older copy."""
+        (host, target, copied), other = self._hosts
+        copied.wait()
         host.zero_()
         target.slots.fill_(self._spare_slot)
         tokens = batch.token_ids.shape[1]
@@ -70,6 +71,7 @@ class StepBuffers:
             assert target.memories is not None
             target.memories[: len(batch.memories)] = batch.memories
         self._device.copy_(host, non_blocking=True)
+        self._hosts = [other, (host, target, Mark(self._device.device))]
         if batch.unread is not None:
             token_ids = self.batch.token_ids[:, :tokens]
             token_ids.copy_(batch.unread[token_ids])

@@ -15,9 +15,10 @@ from prefix_store.model.frozen import FrozenModel
 from server.engine import sampled as sampled_module
 from server.engine.batch import Unread
 from server.engine.engine import Engine
+from server.engine.room import PATIENCE
 from server.engine.sampled import Sampled
 from server.scheduler.messages import FinishReason, GenerationRequest, TokenEvent
-from server.scheduler.plan import Row
+from server.scheduler.plan import Move, Row, StepPlan
 from server.scheduler.sampling_params import SamplingParams
 from tests.models import FAMILIES, random_kv, tiny_frozen, tiny_model
 from tests.parity import test_step_graphs
@@ -69,6 +70,26 @@ def test_mixed_rows_equal_the_request_alone(family: str, schedule: str, monkeypa
     assert [tokens[str(index)] for index in range(len(cases))] == [found for found, _ in truth]
     assert worst_difference(engine, [logits for _, logits in truth]) < TOLERANCE
     assert sum(ahead.steps) > 3
+
+
+def test_rows_that_outgrow_their_slots_in_a_step_behind_another_are_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.scheduler.admission.HEADROOM", 1)
+    served, plain = tiny_frozen("llama"), tiny_model("llama")
+    cases = [replace(case, new=20, arrives=0) for case in make_cases(served)]
+    engine = make_engine(served)
+    Ahead(engine)
+    moved = []
+    ahead = engine.scheduler.ahead
+
+    def noted(plan: StepPlan) -> StepPlan | None:
+        behind = ahead(plan)
+        moved.extend(t for t in (behind.transfers if behind is not None else ()) if isinstance(t, Move))
+        return behind
+
+    monkeypatch.setattr(engine.scheduler, "ahead", noted)
+    tokens = run_mixed(engine, cases, payloads(cases))
+    assert [tokens[str(index)] for index in range(len(cases))] == [alone(plain, case)[0] for case in cases]
+    assert len(moved) > 3
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
@@ -164,7 +185,8 @@ def test_a_step_that_there_is_no_memory_for_beside_another_is_run_after_it() -> 
     ahead = Ahead(engine, short=True)
     requests = made(served, 0)
     assert outcome(engine, requests) == outcome(make_engine(served), requests)
-    assert engine.shortages == sum(ahead.steps) > 0
+    assert engine.shortages == sum(ahead.steps)
+    assert 0 < sum(ahead.steps) <= len(ahead.steps) // PATIENCE + 1, "tried again and again"
 
 
 def test_a_row_that_overflows_fails_alone_though_the_next_step_goes_on_with_it() -> None:

@@ -11,6 +11,7 @@ from prefix_store.errors import ContextLengthExceeded, GenerationFailed, OutOfMe
 from server.engine.engine import Engine
 from server.engine.kv_pool import bytes_per_slot
 from server.engine.loop import EngineLoop
+from server.engine.sampled import Sampled
 from server.scheduler.messages import FinishReason, GenerationRequest, PrefixPayload, TokenEvent
 from server.scheduler.sampling_params import SamplingParams
 from server.scheduler.scheduler import Limits
@@ -163,6 +164,26 @@ def test_a_step_that_breaks_behind_another_is_as_any_that_breaks(loop, engine, m
         patch.setattr(engine, "runs_ahead", True)
         patch.setattr(engine, "compute", broken)
         assert collect(submit(loop, request("broken")))[1].finish_reason is FinishReason.ERROR
+    assert collect(submit(loop, request("after")))[0] == expected
+
+
+def test_a_device_that_fails_before_tokens_are_read_takes_the_step_behind_along(loop, engine, monkeypatch):
+    """As a fault on a GPU shows: not when it is asked, but when it is waited for."""
+    read, reads = Sampled.read, []
+
+    def broken(sampled):
+        reads.append(sampled)
+        if len(reads) == 3:
+            raise RuntimeError("device lost")
+        return read(sampled)
+
+    expected, _ = collect(submit(loop, request("before")))
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampled, "read", broken)
+        tokens, last = collect(submit(loop, request("broken")))
+    assert last.finish_reason is FinishReason.ERROR
+    assert tokens == expected[:2]
+    assert not engine.is_ahead
     assert collect(submit(loop, request("after")))[0] == expected
 
 

@@ -47,6 +47,13 @@ def test_rows_that_decode_waited_since_the_step_before():
     assert meter.seconds.read().total == pytest.approx(10.4)
 
 
+def test_a_step_that_was_launched_behind_another_takes_what_it_takes_after_that():
+    meter = StepMeter()
+    count(meter, row(0, 3), begun=9.0, now=10.0)
+    count(meter, row(3, 1, tokens=4), begun=9.5, now=10.25)
+    assert meter.seconds.read().total == pytest.approx(1.25)
+
+
 def test_what_is_computed_again_after_a_preemption_is_no_gap():
     meter = StepMeter()
     count(meter, row(0, 6, tokens=6))

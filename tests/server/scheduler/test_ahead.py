@@ -117,6 +117,23 @@ def test_a_row_that_the_host_has_to_look_at_keeps_all_from_it(scheduler, params)
     assert scheduler.ahead(decoding(scheduler, "other", **params)) is None
 
 
+def test_a_row_that_was_left_out_of_the_step_before_is_not_forgotten(scheduler):
+    plan = decoding(scheduler, "a", "b")
+    assert scheduler.ahead(StepPlan((), plan.rows[:1])) is None
+
+
+def test_steps_behind_one_another_cost_what_they_take_and_no_more():
+    now = 0.0
+    scheduler = Scheduler(Limits(400, 4, 32, 100, 50), frozenset({EOS}), lambda: now)
+    plan = decoding(scheduler, "a", "b", new=60)
+    for _ in range(40):
+        behind = scheduler.ahead(plan)
+        now += 1.0
+        scheduler.commit(plan, results(plan))
+        plan = behind
+    assert scheduler._step_cost._alone(2) == pytest.approx(1.0)
+
+
 def test_it_waits_for_whoever_could_be_let_in(scheduler):
     plan = decoding(scheduler, "a", "b")
     add(scheduler, "new")
@@ -169,3 +186,57 @@ def test_what_is_aborted_meanwhile_is_not_alive(scheduler):
     scheduler.commit(plan, results(plan))
     scheduler.abort("a", FinishReason.ABORT)
     assert [row.sequence.request.id for row in alive(behind).rows] == ["b"]
+
+
+def steps_until_let_in(*, is_ahead: bool) -> int:
+    """Steps until `b`, which waits with two small requests, has a row.
+
+    `a` runs a long answer and waits with a request that does not fit. At first `b` is ahead of it by a little more than
+    the longest row could cost, so that it is not its turn; a few tokens of `a` later it is.
+    """
+    scheduler = make(rows=8, slots=150)
+    add(scheduler, "runs", new=90, tenant="a")
+    first = scheduler.schedule()
+    scheduler.commit(first, results(first))
+    add(scheduler, "large", prompt=90, new=5, tenant="a")
+    scheduler.service.lift("b", 220)
+    for name in ("small", "other"):
+        add(scheduler, name, new=3, tenant="b")
+    behind = None
+    for step in range(200):
+        plan = alive(behind) if behind is not None else None
+        if plan is None or not plan.rows:
+            plan = scheduler.schedule()
+        if any(row.sequence.request.tenant == "b" for row in plan.rows):
+            return step
+        behind = scheduler.ahead(plan) if is_ahead else None
+        scheduler.commit(plan, results(plan))
+        scheduler.check_integrity()
+    raise AssertionError("it is never let in")
+
+
+def test_whose_turn_comes_meanwhile_is_let_in_a_step_later_at_most() -> None:
+    assert steps_until_let_in(is_ahead=True) <= steps_until_let_in(is_ahead=False) + 1
+
+
+def test_who_waits_for_slots_is_let_in_a_step_after_they_are_given_back() -> None:
+    scheduler = make(rows=8, slots=100)
+    for name, new in (("short", 20), ("long", 90)):
+        add(scheduler, name, prompt=4, new=new)
+    add(scheduler, "waits", prompt=20, new=3)
+    behind, ended, steps_ahead = None, None, 0
+    for step in range(100):
+        plan = alive(behind) if behind is not None else None
+        if plan is None or not plan.rows:
+            plan = scheduler.schedule()
+        if any(row.sequence.request.id == "waits" for row in plan.rows):
+            assert ended is not None
+            assert step - ended <= 2
+            assert steps_ahead > 10
+            return
+        behind = scheduler.ahead(plan)
+        steps_ahead += behind is not None
+        events = scheduler.commit(plan, results(plan, {"short"} if step == 15 else frozenset()))
+        if any(event.finish_reason for event in events):
+            ended = ended or step
+    raise AssertionError("it is never let in")
