@@ -12,7 +12,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from server.engine import sampled
 from server.engine.attention import BACKENDS
+from server.engine.batch import Unread
 from tests import alone
 from tests.bench.gpu import __main__ as supervisor
 from tests.bench.gpu import aims, checks, decode, machine, pieces, table, worker
@@ -104,7 +106,16 @@ def test_attention_that_computes_something_else_does_not_pass(monkeypatch):
 def test_other_bits_do_not_pass(monkeypatch):
     bits = checks._bits
     monkeypatch.setattr(checks, "_bits", lambda *given: bits(*given) + 1e-6 * torch.rand(1))
-    assert not any(found["passed"] for _, found in checks.same_bits(SETUP))
+    assert not dict(checks.same_bits(SETUP))["again"]["passed"]
+
+
+def test_a_row_that_goes_on_with_anothers_token_does_not_pass(monkeypatch):
+    def turned(tokens, places):
+        return Unread(tokens, dict(zip(places, reversed(places.values()), strict=True)))
+
+    monkeypatch.setattr(sampled, "Unread", turned)
+    found = dict(checks.same_bits(SETUP))
+    assert (found["again"]["passed"], found["ahead"]["passed"]) == (True, False)
 
 
 def test_the_ideal_reads_weights_own_tokens_and_each_distinct_prefix_once():

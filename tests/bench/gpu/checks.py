@@ -19,7 +19,7 @@ from server.engine.step_graphs import CudaRecorder, Recorder
 from tests.bench.gpu import machine
 from tests.bench.gpu.sizes import Setup
 from tests.models import random_kv, tiny_frozen
-from tests.parity.harness import Case, make_engine, payload, plain_logits, recorded, run_mixed
+from tests.parity.harness import Case, make_engine, payload, plain_logits, recorded, request, run_mixed
 from tests.server.engine.attention.steps import PREFIXES, TOLERANCES, make_step
 from tests.server.engine.recording import again
 
@@ -78,14 +78,53 @@ def backend(setup: Setup) -> Found:
 
 
 def same_bits(setup: Setup) -> Found:
-    """The same requests give the same bits again; with steps launched before the last is read those of one by one; and
-    played as CUDA graphs those of the same padded steps run anew.
+    """The same requests give the same bits again; played as CUDA graphs those of the same padded steps run anew; and
+    with steps launched before the last is read, as they are served, the tokens of one by one, whole and in pieces.
     """
     frozen = _tiny(setup, "llama", setup.size.dtype)
+    is_gpu = setup.device != "cpu"
     yield "again", _same(frozen, make_engine, make_engine)
-    yield "ahead", _same(frozen, partial(_running, ahead=True), partial(_running, ahead=False))
-    if setup.device != "cpu":
+    if is_gpu:
         yield "graphs", _same(frozen, partial(_recorded, record=CudaRecorder()), partial(_recorded, record=again))
+    yield "ahead", _same_tokens(frozen, is_gpu)
+    if is_gpu:
+        yield "waits", machine.tried(setup.device, lambda: _waits_for_nothing(frozen))
+
+
+def _same_tokens(frozen: FrozenModel, is_gpu: bool) -> dict[str, Any]:
+    kvs = _kvs(frozen)
+    expected = _run(_served(frozen, is_gpu, ahead=False), kvs)
+    control = _run(_served(frozen, is_gpu, ahead=True), kvs[::-1]) != expected
+    whole, pieces = (_run(_served(frozen, is_gpu, ahead=True, most=most), kvs) for most in (None, 2))
+    return {"passed": control and whole == pieces == expected, "control": control}
+
+
+def _waits_for_nothing(frozen: FrozenModel) -> dict[str, Any]:
+    """Torch refuses what would make the host wait, but for the token that is read."""
+    engine = _served(frozen, True, ahead=True)
+    for index, (prompt, _, _) in enumerate(ROWS):
+        engine.scheduler.add(request(str(index), Case(prompt, None, 4 * NEW), None), seed=index)
+    for _ in range(NEW):
+        engine.step()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for _ in range(NEW):
+            engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return {"passed": engine.is_ahead}
+
+
+def _served(frozen: FrozenModel, is_gpu: bool, *, ahead: bool, most: int | None = None) -> Engine:
+    """An engine as it serves, with nothing that looks at its logits; `most` tokens at a time, as after a shortage."""
+    engine = make_engine(frozen)
+    engine.runner = engine.runner._runner  # type: ignore[attr-defined]
+    engine.runs_ahead = ahead
+    if is_gpu:
+        engine.runner.record(CudaRecorder(), engine.limits)
+    if most is not None:
+        engine._room.tokens = most
+    return engine
 
 
 def _same(frozen: FrozenModel, one: Callable[..., Engine], other: Callable[..., Engine]) -> dict[str, Any]:
@@ -93,12 +132,6 @@ def _same(frozen: FrozenModel, one: Callable[..., Engine], other: Callable[..., 
     expected = _bits(other(frozen), kvs)
     control = not torch.equal(_bits(one(frozen), kvs[::-1]), expected)
     return {"passed": torch.equal(_bits(one(frozen), kvs), expected) and control, "control": control}
-
-
-def _running(frozen: FrozenModel, *, ahead: bool) -> Engine:
-    engine = make_engine(frozen)
-    engine.runs_ahead = ahead
-    return engine
 
 
 def _recorded(frozen: FrozenModel, record: Recorder) -> Engine:
