@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from prefix_store.errors import PrefixNumerics
+from server.engine import filters, sampler, transit
 from server.engine.batch import Selection
 from server.engine.sampler import sample
 from server.scheduler.messages import GenerationRequest
@@ -47,6 +52,41 @@ def test_the_host_waits_for_no_plain_row():
 def test_it_would_be_seen_if_it_did(other):
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         sample(torch.empty(2, VOCABULARY, device="meta"), selections(PLAIN[0], other))
+
+
+class Copies(TorchDispatchMode):
+    """Notes what is copied to a device by something else than `bring`, which would wait for it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.waiting: list[str] = []
+        self._is_brought = False
+        for module in (sampler, filters):
+            monkeypatch.setattr(module, "bring", self.bring)
+
+    def bring(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        self._is_brought = True
+        brought = transit.bring(tensor, device)
+        self._is_brought = False
+        return brought
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+        is_moved = isinstance(found, torch.Tensor) and any(tensor.device != found.device for tensor in tensors)
+        if is_moved and not self._is_brought:
+            self.waiting.append(func.name())
+        return found
+
+
+@pytest.mark.parametrize("is_waiting", [False, True])
+def test_what_plain_rows_ask_for_is_brought_without_waiting(monkeypatch, is_waiting):
+    copies = Copies(monkeypatch)
+    if is_waiting:
+        monkeypatch.setattr(sampler, "bring", lambda tensor, device: tensor.to(device))
+    with copies:
+        sample(torch.empty(len(PLAIN), VOCABULARY, device="meta"), selections(*PLAIN))
+    assert bool(copies.waiting) == is_waiting
 
 
 @pytest.mark.parametrize("params", PLAIN)
