@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
 from server.engine.attention.memory import MemoryItem, memory_items
-from server.engine.attention.work import WorkItem, cross_items, encoder_items, work_items
+from server.engine.attention.work import FIELDS, WorkItem, cross_items, encoder_items, work_items
 from server.engine.transit import bring
 from server.scheduler.plan import Row, StepPlan
 
@@ -29,10 +30,15 @@ class Selection:
 
 @dataclass(frozen=True)
 class Unread:
-    """Tokens `[M]` on the device that the host has not read; which is whose, by the `id` of the sequence."""
+    """Tokens `[M]` on the device that the host has not read, one for each of a batch's logits."""
 
     tokens: torch.Tensor
-    places: Mapping[int, int]
+    selections: Sequence[Selection]
+
+    @cached_property
+    def places(self) -> Mapping[int, int]:
+        """Which is whose, by the `id` of the sequence."""
+        return {id(s.row.sequence): s.last for s in self.selections if s.count}
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,33 @@ def build(plan: StepPlan, windows: Iterable[int], *, relative: bool = False, unr
         selections=tuple(selections[id(row.sequence)] for row in plan.rows),
         sources=_sources(packed, relative) if packed[0].sequence.source is not None else None,
         unread=unread.tokens if unread is not None else None,
+    )
+
+
+def behind(batch: Batch, rows: Sequence[Row], unread: Unread) -> Batch | None:
+    """What `build` makes of the next token of each of a batch's rows, in a tenth of the time.
+
+    None where more is different than that, or where a window slides over what they see.
+    """
+    is_one_each = batch.token_ids.numel() == len(rows) == len(batch.selections)
+    is_same = is_one_each and [s.row.sequence for s in batch.selections] == [row.sequence for row in rows]
+    if not is_same or batch.sources is not None or batch.work.keys() != {0}:
+        return None
+    places = torch.tensor([s.first for s in batch.selections])
+    slots = torch.tensor([row.sequence.extent.start + row.start for row in rows if row.sequence.extent is not None])
+    if not torch.equal(slots, batch.slots[places] + 1):
+        return None  # a row has moved
+    lines = batch.work[0].clone()
+    lines[:, FIELDS.index("q_pos")] += 1
+    lines[: len(rows), FIELDS.index("kv_hi")] += 1  # their own keys stand first
+    return replace(
+        batch,
+        token_ids=torch.arange(len(rows))[None],
+        positions=batch.positions + 1,
+        slots=batch.slots + 1,
+        work={0: lines},
+        selections=tuple(Selection(row, s.first, 1) for s, row in zip(batch.selections, rows, strict=True)),
+        unread=unread.tokens,
     )
 
 

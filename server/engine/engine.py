@@ -16,7 +16,7 @@ from prefix_store.model.frozen import FrozenModel
 from server.distribution import SHORT_SECONDS, Distribution
 from server.engine import device_memory, self_test
 from server.engine.attention import ON_DEVICE, native, triton
-from server.engine.batch import Unread, build
+from server.engine.batch import Batch, Unread, behind, build
 from server.engine.encoder_decoder import EncoderDecoderRunner
 from server.engine.kv_pool import KVPool, bytes_per_slot, memory_slots
 from server.engine.launched import Launched
@@ -65,6 +65,7 @@ class Engine:
         self.runs_ahead = frozen.device.type == "cuda"
         self._launched: Launched | None = None
         self._pause = 0  # steps with none behind them
+        self._batch: Batch | None = None  # the last one
         self._room = Room(limits.step_tokens + source)
         self._memory = device_memory.of(frozen.device)
         self._clock = clock
@@ -155,8 +156,11 @@ class Engine:
 
         `unread`: what the rows of a plan that was made ahead go on with.
         """
-        plan, relative = StepPlan((), tuple(rows)), self.frozen.is_relative
-        batch = build(plan, self.runner.windows, relative=relative, unread=unread)
+        batch = behind(self._batch, rows, unread) if self._batch is not None and unread is not None else None
+        if batch is None:
+            plan, relative = StepPlan((), tuple(rows)), self.frozen.is_relative
+            batch = build(plan, self.runner.windows, relative=relative, unread=unread)
+        self._batch = batch
         return sample(self.runner.run(batch), batch.selections)
 
     def _launch_behind(self, step: Launched, lock: AbstractContextManager[Any]) -> Launched | None:

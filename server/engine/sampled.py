@@ -34,7 +34,7 @@ class Sampled:
 
         They are valid ids, whatever the logits were, so that a step may go on with them before they are read.
         """
-        sampled = cls(Unread(tokens, {id(s.row.sequence): s.last for s in selections if s.count}))
+        sampled = cls(Unread(tokens, selections))
         sampled._selections = selections
         sampled._told = Readback(tokens.where(finite, -1))
         return sampled

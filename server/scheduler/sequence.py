@@ -45,6 +45,8 @@ class Sequence:
         self.width = params.num_beams  # rows that it takes of a step
         goes_on = params.ignore_eos and self.request.grammar is None  # where a grammar ends, nothing can come behind it
         self.end_ids = params.stop_token_ids if goes_on else params.stop_token_ids | self.eos_ids
+        is_told = params.logprobs is not None or self.request.grammar is not None or self.request.last_id is not None
+        self._is_bare = self.width == 1 and not (is_told or params.penalises or params.logit_bias)
 
     @property
     def owner(self) -> Sequence:
@@ -133,9 +135,7 @@ class Sequence:
 
         Then the device can choose it, and go on with it, without the host.
         """
-        params = self.request.params
-        is_bare = params.logprobs is None and self.request.last_id is None
-        return is_bare and self.width == 1 and not self.is_adjusted
+        return self._is_bare and not self.forbidden
 
     def occurrences(self) -> Mapping[int, int]:
         """How often each token stands in the answer; one of the prompt alone is there, as 0, if it is penalised too.

@@ -110,8 +110,8 @@ def test_other_bits_do_not_pass(monkeypatch):
 
 
 def test_a_row_that_goes_on_with_anothers_token_does_not_pass(monkeypatch):
-    def turned(tokens, places):
-        return Unread(tokens, dict(zip(places, reversed(places.values()), strict=True)))
+    def turned(tokens, selections):
+        return Unread(tokens.flip(0), selections)
 
     monkeypatch.setattr(sampled, "Unread", turned)
     found = dict(checks.same_bits(SETUP))

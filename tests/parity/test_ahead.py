@@ -13,7 +13,7 @@ import torch
 from prefix_store.errors import PrefixNumerics
 from prefix_store.model.frozen import FrozenModel
 from server.engine import sampled as sampled_module
-from server.engine.batch import Unread
+from server.engine.batch import Selection, Unread
 from server.engine.engine import Engine
 from server.engine.room import PATIENCE
 from server.engine.sampled import Sampled
@@ -119,8 +119,8 @@ def test_a_row_that_goes_on_with_anothers_token_is_noticed(monkeypatch: pytest.M
     engine, wrong = make_engine(served), make_engine(served)
     right = run_mixed(engine, cases, payloads(cases))
 
-    def turned(tokens: torch.Tensor, places: dict[int, int]) -> Unread:
-        return Unread(tokens, dict(zip(places, reversed(places.values()), strict=True)))
+    def turned(tokens: torch.Tensor, selections: Sequence[Selection]) -> Unread:
+        return Unread(tokens.flip(0), selections)
 
     monkeypatch.setattr(sampled_module, "Unread", turned)
     Ahead(wrong)
