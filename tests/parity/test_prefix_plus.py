@@ -168,13 +168,13 @@ def test_a_row_decodes_on_while_memories_come_and_go():
     taken = known["elu"].served.slots
     engine = make_engine(served, slots=2 * taken + 62 + 61 + 3, rows=3)
     loads: Counter[str] = Counter()
-    run = engine.run
+    run = engine.launch
 
     def counting(plan):
         loads.update(transfer.payload.digest for transfer in plan.transfers if isinstance(transfer, Load))
         return run(plan)
 
-    engine.run = counting
+    engine.launch = counting
     tokens = run_mixed(engine, cases, [known[name].served for name in order])
     assert loads == {"other": 1, "elu": 3, "gelu": 3}
     assert engine.scheduler.admission.preemptions == 0

@@ -116,9 +116,9 @@ def test_swapped_prefixes_fail(live, monkeypatch):
 def test_a_lost_position_offset_fails(store, monkeypatch, dtype):
     pack = batch._pack
 
-    def shifted(row: Any, token_ids: list[int], positions: list[int], slots: list[int]) -> None:
+    def shifted(row: Any, positions: list[int], slots: list[int]) -> None:
         before = len(positions)
-        pack(row, token_ids, positions, slots)
+        pack(row, positions, slots)
         positions[before:] = range(row.start, row.start + row.count)
 
     with serving(store, "gpt2", dtype) as live:
