@@ -126,8 +126,13 @@ def _instruction(task: Task) -> dict[str, Any]:
 
 
 def _shots(task: Task, count: int, seed: int) -> dict[str, Any]:
-    shots = dataclasses.replace(task, few=count).train(seed)
-    return _said(Bench(), task, written.with_shots(task.test(), shots))
+    bench, shots = Bench(), dataclasses.replace(task, few=count).train(seed)
+    most = bench.model.context_length - ANSWER
+
+    def fits(text: str) -> bool:
+        return len(prompt.encode(bench.model.tokenizer, text)) <= most
+
+    return _said(bench, task, written.with_shots(task.test(), shots, fits))
 
 
 def _said(bench: Bench, task: Task, prompts: Sequence[str]) -> dict[str, Any]:

@@ -62,7 +62,14 @@ def test_goals_are_missed_by_more_than_the_seeds_scatter() -> None:
 def test_prompts_are_written_around_the_data() -> None:
     rows = [{"prompt": "a : b", "completion": "B is a."}]
     assert written.instructed(rows, "Say {prompt}!") == ["Say a : b!"]
-    assert written.with_shots(rows, rows) == ["a : b\nB is a.\n\na : b\n"]
+    assert written.with_shots(rows, rows, lambda text: True) == ["a : b\nB is a.\n\na : b\n"]
+
+
+def test_of_too_many_examples_the_last_that_fit_stand_before_the_data() -> None:
+    shots = [{"prompt": f"{n}", "completion": f"is {n}"} for n in range(4)]
+    for most, kept in ((100, [0, 1, 2, 3]), (18, [2, 3]), (4, [])):
+        (text,) = written.with_shots([{"prompt": "x"}], shots, lambda text, most=most: len(text) <= most)
+        assert text == "".join(f"{n}\nis {n}\n\n" for n in kept) + "x\n"
     assert written.first_line("\n  B is a. \nmore") == "B is a."
     assert written.first_line(" \n") == ""
 

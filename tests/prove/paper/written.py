@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 INSTRUCTIONS = (
@@ -24,10 +24,17 @@ def instructed(rows: Sequence[dict[str, Any]], instruction: str) -> list[str]:
     return [instruction.replace("{prompt}", row["prompt"]) for row in rows]
 
 
-def with_shots(rows: Sequence[dict[str, Any]], shots: Sequence[dict[str, Any]]) -> list[str]:
-    """Prompts after examples, each a line of data and a line of text."""
-    before = "".join(f"{shot['prompt']}\n{shot['completion']}\n\n" for shot in shots)
-    return [f"{before}{row['prompt']}\n" for row in rows]
+def with_shots(
+    rows: Sequence[dict[str, Any]], shots: Sequence[dict[str, Any]], fits: Callable[[str], bool]
+) -> list[str]:
+    """Prompts after examples, each a line of data and a line of text; the first ones are left out until it fits."""
+    before = [f"{shot['prompt']}\n{shot['completion']}\n\n" for shot in shots]
+
+    def prompt(row: dict[str, Any]) -> str:
+        texts = ("".join([*before[first:], row["prompt"], "\n"]) for first in range(len(before) + 1))
+        return next(filter(fits, texts))
+
+    return [prompt(row) for row in rows]
 
 
 def first_line(answer: str) -> str:
