@@ -35,7 +35,7 @@ HISTOGRAMS = {
     "request_prefill_time_seconds": ("prefill", "From the first step until the first token"),
     "request_decode_time_seconds": ("decode", "From the first token until the end"),
     "inter_token_latency_seconds": ("gaps", "From one token of a sequence until the next"),
-    "step_seconds": ("step_seconds", "A step, from its plan until its tokens"),
+    "step_seconds": ("step_seconds", "A step, from its launch until its tokens, less what the one before took of that"),
     "step_rows": ("step_rows", "Rows in a step"),
     "step_tokens": ("step_tokens", "Tokens that a step computed, of prompts and of answers"),
     "step_distinct_prefixes": ("step_prefixes", "Different prefixes in a step; rows without one count for none"),

@@ -140,7 +140,8 @@ def behind(batch: Batch, rows: Sequence[Row], unread: Unread) -> Batch | None:
     None where more is different than that, or where a window slides over what they see.
     """
     is_one_each = batch.token_ids.numel() == len(rows) == len(batch.selections)
-    is_same = is_one_each and [s.row.sequence for s in batch.selections] == [row.sequence for row in rows]
+    is_last = batch.selections is unread.selections
+    is_same = is_last and is_one_each and [s.row.sequence for s in batch.selections] == [row.sequence for row in rows]
     if not is_same or batch.sources is not None or batch.work.keys() != {0}:
         return None
     places = torch.tensor([s.first for s in batch.selections])

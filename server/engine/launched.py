@@ -33,5 +33,7 @@ class Launched:
         """Waits for what came of it, without the rows whose sequence has ended since."""
         results = chain.from_iterable(sampled.read() for sampled in self.pieces)
         done = [(row, result) for row, result in zip(self.plan.rows, results, strict=True) if row.is_alive]
-        plan = StepPlan(self.plan.transfers, tuple(row for row, _ in done))
+        rows = tuple(row for row, _ in done)
+        assert all(row.sequence.width > 1 or row.start == row.sequence.computed for row in rows), "a row began anew"
+        plan = StepPlan(self.plan.transfers, rows)
         return StepDone(plan, [result for _, result in done], self.begun, self.lost)

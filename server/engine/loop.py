@@ -216,9 +216,8 @@ class EngineLoop:
             if self._stopping:
                 return False
             events = self._end_early()
-            plan, preloading = None, []
-            if not self._engine.is_ahead:
-                plan = self._scheduler.schedule()
+            plan, preloading = None if self._engine.is_ahead else self._scheduler.schedule(), []
+            if not self._scheduler.space.preloads.missing:  # all are in the plan, there, or let go of again
                 preloading, self._preloading = self._preloading, []
         self._deliver(events + self._step(plan, preloading))
         if self._is_doubtful:

@@ -62,9 +62,11 @@ class Admission:
         if self.rows == self._most_rows:
             return None
         lines = [line for turn in self._turns() for line in turn if line.first.source_length < most]
+        before = self._state
         sequence = self._first(lines, self._place)
-        if sequence is None and len(lines) == len(self._waiting.lines):
-            self._refused_at = self._state
+        # asking in vain may have evicted prefixes, and made room for who was asked before
+        if sequence is None and len(lines) == len(self._waiting.lines) and self._state == before:
+            self._refused_at = before
         return sequence
 
     def bring_preloads(self) -> None:

@@ -197,6 +197,26 @@ def test_what_is_preloaded_does_not_wait_for_who_runs(loop, engine):
     collect(stream)
 
 
+def test_a_preload_that_is_let_go_of_before_it_is_begun_does_not_wait_for_who_runs(loop, engine, monkeypatch):
+    compute = engine.compute
+
+    def slow(*rows: object) -> Sampled:
+        time.sleep(0.01)
+        return compute(*rows)
+
+    monkeypatch.setattr(engine, "compute", slow)
+    prefix = PrefixPayload("gone", 4, 4, True, random_kv(engine.frozen, 4))
+    stream = submit(loop, request("long", new=190))
+    stream.get(timeout=20)
+    with loop._changed:  # between two steps
+        there = loop.preload(prefix, "me")
+        loop.release("gone", "me")
+    there.result(timeout=20)
+    assert loop.stats().running == 1, "it waited for the end of whoever ran"
+    loop.abort("long")
+    collect(stream)
+
+
 @pytest.mark.parametrize("is_wrong", [True, False])
 def test_an_engine_whose_device_computes_no_more_is_given_up(engine, monkeypatch, caplog, is_wrong):
     loop = loops.running(engine)

@@ -240,3 +240,37 @@ def test_who_waits_for_slots_is_let_in_a_step_after_they_are_given_back() -> Non
         if any(event.finish_reason for event in events):
             ended = ended or step
     raise AssertionError("it is never let in")
+
+
+def steps_until_asked_again(*, is_ahead: bool) -> int:
+    """Steps until `a`'s waiting request has a row, which fits once the one behind it has been refused.
+
+    At first its prefix lies in the middle of what is free. The other one's, brought in vain, drives that out.
+    """
+    scheduler = make(rows=8, slots=162)
+    near, wide = (PrefixPayload(f"p{size}", size, size, True, None) for size in (10, 50))
+    for tenant in ("a", "b"):
+        add(scheduler, f"runs of {tenant}", new=40, tenant=tenant)
+    first = scheduler.schedule()
+    scheduler.commit(first, results(first))
+    gap, middle = (scheduler.slots.allocate(size, high=True) for size in (20, 10))
+    resident = scheduler.residency.admit(near, middle)
+    resident.is_loaded = True
+    scheduler.residency.unpin(resident)
+    scheduler.slots.release(gap)
+    for tenant, prefix, prompt in (("a", near, 45), ("b", wide, 25)):
+        request = GenerationRequest(f"waits of {tenant}", tenant, (5,) * prompt, SamplingParams(max_tokens=6), prefix)
+        scheduler.add(request, seed=0)
+    behind = None
+    for step in range(30):
+        plan = behind if behind is not None else scheduler.schedule()
+        if any(row.sequence.request.id == "waits of a" for row in plan.rows):
+            return step
+        behind = scheduler.ahead(plan) if is_ahead else None
+        scheduler.commit(plan, results(plan))
+        scheduler.check_integrity()
+    raise AssertionError("it is never let in")
+
+
+def test_whom_a_refusal_of_another_makes_room_for_is_let_in_a_step_later_at_most() -> None:
+    assert steps_until_asked_again(is_ahead=True) <= steps_until_asked_again(is_ahead=False) + 1
