@@ -123,7 +123,7 @@ class LateDevice:
         engine.compute = self.compute  # type: ignore[method-assign]
         device = self
 
-        class Late(transit.Mark):
+        class LateMark(transit.Mark):
             def __init__(self, _: torch.device) -> None:
                 self._behind = list(device._asked)
 
@@ -131,9 +131,9 @@ class LateDevice:
                 while any(asked in device._asked for asked in self._behind):
                     device._asked.popleft()()
 
-        monkeypatch.setattr(step_buffers, "Mark", Late)
+        monkeypatch.setattr(step_buffers, "Mark", LateMark)
 
-    def compute(self, rows: Sequence[Row], unread: None = None) -> Late:
+    def compute(self, rows: Sequence[Row], unread: None = None) -> LateTokens:
         if sum(row.count for row in rows) > self._most:
             self.catch_up()  # what follows gives memory back, which waits
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -146,7 +146,7 @@ class LateDevice:
         buffers._device = SimpleNamespace(copy_=copy, device=real.device)
         buffers.fill(batch)
         buffers._device = real
-        late = Late(self)
+        late = LateTokens(self)
 
         def computed() -> None:
             recording.play()
@@ -160,7 +160,9 @@ class LateDevice:
             self._asked.popleft()()
 
 
-class Late:
+class LateTokens:
+    """What the device has not computed yet."""
+
     unread = None
 
     def __init__(self, device: LateDevice) -> None:
