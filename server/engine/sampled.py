@@ -18,7 +18,6 @@ class Sampled:
     def __init__(self, unread: Unread | None = None) -> None:
         self.unread = unread
         self._results: list[RowResult] = []
-        self._selections: Rows[Selection] = ()
         self._told: Readback | None = None
 
     @classmethod
@@ -35,16 +34,15 @@ class Sampled:
         They are valid ids, whatever the logits were, so that a step may go on with them before they are read.
         """
         sampled = cls(Unread(tokens, selections))
-        sampled._selections = selections
         sampled._told = Readback(tokens.where(finite, -1))
         return sampled
 
     def read(self) -> list[RowResult]:
         """The results, once the device has them."""
-        if self._told is None:
+        if self._told is None or self.unread is None:
             return self._results
         told = self._told.wait().tolist()
-        return [_result(told[s.last]) if s.count else RowResult() for s in self._selections]
+        return [_result(told[s.last]) if s.count else RowResult() for s in self.unread.selections]
 
 
 def _result(token: int) -> RowResult:

@@ -173,7 +173,7 @@ def _last_index(selection: Selection) -> int:
     """Where in the whole text the row's last token stands."""
     row = selection.row
     prefix = row.sequence.request.prefix
-    return (prefix.virtual_tokens if prefix else 0) + row.start + row.count - 1
+    return (prefix.virtual_tokens if prefix else 0) + row.end - 1
 
 
 def _difference(logits: torch.Tensor, selection: Selection, truth: Truth) -> float:

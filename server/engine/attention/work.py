@@ -111,7 +111,7 @@ def _own(row: Row, q_lo: int, window: int | None) -> WorkItem:
     extent = row.sequence.extent
     assert extent is not None
     virtual = _virtual(row)
-    end = row.start + row.count
+    end = row.end
     # Indices below `first` are out of every query's sight.
     first = max(0, row.start - window + 1) if window is not None else 0
     mask = Mask.WINDOW if window is not None and end > window else Mask.CAUSAL
@@ -137,7 +137,7 @@ def _prefix(row: Row, q_lo: int, window: int | None) -> WorkItem | None:
         first = max(0, virtual + row.start - window + 1)
         if first >= virtual:
             return None
-        if virtual + row.start + row.count > window and row.count > 1:
+        if virtual + row.end > window and row.count > 1:
             mask = Mask.WINDOW
     return WorkItem(
         Part.PREFIX, mask, q_lo, q_lo + row.count, start + first, start + virtual, virtual + row.start, first

@@ -36,6 +36,12 @@ def alive(plan: StepPlan) -> StepPlan:
     return StepPlan(plan.transfers, tuple(row for row in plan.rows if row.is_alive))
 
 
+def following(scheduler: Scheduler, behind: StepPlan | None) -> StepPlan:
+    """What is left of a step that was planned ahead, or else a new one."""
+    left = alive(behind) if behind is not None else StepPlan((), ())
+    return left if left.rows else scheduler.schedule()
+
+
 def seen(plan: StepPlan) -> object:
     """A plan by what the device does of it."""
     rows = [(row.sequence.request.id, row.start, row.count, row.sequence.extent) for row in plan.rows]
@@ -204,9 +210,7 @@ def steps_until_let_in(*, is_ahead: bool) -> int:
         add(scheduler, name, new=3, tenant="b")
     behind = None
     for step in range(200):
-        plan = alive(behind) if behind is not None else None
-        if plan is None or not plan.rows:
-            plan = scheduler.schedule()
+        plan = following(scheduler, behind)
         if any(row.sequence.request.tenant == "b" for row in plan.rows):
             return step
         behind = scheduler.ahead(plan) if is_ahead else None
@@ -226,9 +230,7 @@ def test_who_waits_for_slots_is_let_in_a_step_after_they_are_given_back() -> Non
     add(scheduler, "waits", prompt=20, new=3)
     behind, ended, steps_ahead = None, None, 0
     for step in range(100):
-        plan = alive(behind) if behind is not None else None
-        if plan is None or not plan.rows:
-            plan = scheduler.schedule()
+        plan = following(scheduler, behind)
         if any(row.sequence.request.id == "waits" for row in plan.rows):
             assert ended is not None
             assert step - ended <= 2
@@ -263,7 +265,7 @@ def steps_until_asked_again(*, is_ahead: bool) -> int:
         scheduler.add(request, seed=0)
     behind = None
     for step in range(30):
-        plan = behind if behind is not None else scheduler.schedule()
+        plan = following(scheduler, behind)
         if any(row.sequence.request.id == "waits of a" for row in plan.rows):
             return step
         behind = scheduler.ahead(plan) if is_ahead else None
