@@ -7,8 +7,10 @@ from contextlib import suppress
 from typing import Any
 
 from prefix_store.errors import LeaseLost, StoreUnavailable
-from prefix_store.jobs import JobStatus, TrainingJob
+from prefix_store.jobs import JobError, JobStatus, TrainingJob
 from prefix_store.store import Store
+
+LOST = "lost"  # how a job ends for this worker when another owns it or the store cannot be told
 
 
 class Cancelled(Exception):
@@ -59,6 +61,13 @@ class Lease:
         else:
             self._cancelled, self._paused = answer.cancel_requested, answer.pause_requested
 
+    def finish(self, status: JobStatus, error: JobError | None = None) -> str:
+        """Tells the store how the job ended: the status that it has then, or `lost`."""
+        try:
+            return self._jobs.finish(self.job, status, error).status
+        except (LeaseLost, StoreUnavailable):
+            return LOST
+
     def hand_back(self) -> None:
         """Puts the job back into the queue at once, from any thread; from now on it is no longer this worker's."""
         self.handed_back = True
@@ -73,6 +82,7 @@ class Leases:
         self._store, self._seconds, self._every = store, seconds, every
         self._held: tuple[Lease, ...] = ()  # never changed in place: two threads read it
         self._closed = threading.Event()
+        self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._keep, name="leases", daemon=True)
 
     def __enter__(self) -> Leases:
@@ -82,6 +92,11 @@ class Leases:
     def __exit__(self, *_: object) -> None:
         self._closed.set()
         self._thread.join()
+
+    def check(self) -> None:
+        """Raises what has ended the heartbeats, if anything has: without them no job may go on."""
+        if self._failure is not None:
+            raise self._failure
 
     def take(self, job: TrainingJob) -> Lease:
         """From now on its lease is kept."""
@@ -99,6 +114,9 @@ class Leases:
             lease.hand_back()
 
     def _keep(self) -> None:
-        while not self._closed.wait(self._every):
-            for lease in self._held:
-                lease.beat()
+        try:
+            while not self._closed.wait(self._every):
+                for lease in self._held:
+                    lease.beat()
+        except Exception as error:
+            self._failure = error

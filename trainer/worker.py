@@ -17,14 +17,13 @@ from prefix_store.store import Store
 from trainer import memory, training_model
 from trainer.failures import explain
 from trainer.job_run import JobRun, begin
-from trainer.lease import Cancelled, Lease, Leases, Paused
+from trainer.lease import LOST, Cancelled, Lease, Leases, Paused
 from trainer.methods import METHODS
 from trainer.methods.base import NewMethod
 from trainer.progress import say
 from trainer.slices import Sliced
 from trainer.step import score, step
 
-LOST = "lost"  # how a job ends for this worker when another owns it or the store cannot be told
 # Jobs that share a step. Arithmetic is the limit long before; a step should not take seconds.
 MOST = 16
 ASK_SECONDS = 0.5  # how often a busy worker looks for more jobs
@@ -111,6 +110,7 @@ class Worker:
         A job that was with a worker that died is tried alone until it is saved: else it might take others with it.
         """
         ended = self._ended
+        self._leases.check()
         for run in list(self._runs):  # first, for what was handed back is there to be claimed
             self._guard(run, run.lease.check)
         self._admit()
@@ -257,22 +257,21 @@ class Worker:
     def _fail(self, lease: Lease, error: Exception) -> None:
         job = lease.job
         if isinstance(error, Cancelled):
-            self._end(lease, self._finish(job, JobStatus.CANCELLED))
+            self._finish(lease, JobStatus.CANCELLED)
         elif isinstance(error, Paused):
-            self._end(lease, self._finish(job, JobStatus.PAUSED))
+            self._finish(lease, JobStatus.PAUSED)
         elif isinstance(error, LeaseLost | StoreUnavailable):
             self._say(f"{job.id}: " + ("handed back" if lease.handed_back else f"nothing published: {error.message}"))
             self._end(lease, JobStatus.QUEUED if lease.handed_back else LOST)
         else:
-            self._end(lease, self._finish(job, JobStatus.FAILED, explain(error)))
+            self._finish(lease, JobStatus.FAILED, explain(error))
 
-    def _finish(self, job: TrainingJob, status: JobStatus, error: JobError | None = None) -> str:
-        try:
-            status = self._store.jobs.finish(job, status, error).status
-        except (LeaseLost, StoreUnavailable):
-            return LOST
-        self._say(f"{job.id}: {status}" + (f" ({error.code}): {error.message}" if error is not None else ""))
-        return status
+    def _finish(self, lease: Lease, status: JobStatus, error: JobError | None = None) -> None:
+        ended = lease.finish(status, error)
+        if ended != LOST:
+            why = f" ({error.code}): {error.message}" if error is not None else ""
+            self._say(f"{lease.job.id}: {ended}{why}")
+        self._end(lease, ended)
 
     def _put_back(self, lease: Lease) -> None:
         lease.hand_back()

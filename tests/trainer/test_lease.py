@@ -122,9 +122,22 @@ def test_a_job_handed_back_is_queued_and_no_longer_ours(store):
         lease.hand_back()
 
 
-def raises(kind: type[Exception], lease: Lease) -> bool:
+def test_heartbeats_that_end_are_not_silent(store, monkeypatch):
+    job = claimed(store)
+    with Leases(store, 60.0, 0.01) as leases:
+        leases.take(job)
+        leases.check()
+        monkeypatch.setattr(store.jobs, "heartbeat", unforeseen)
+        assert soon(lambda: raises(ZeroDivisionError, leases))
+
+
+def unforeseen(*_: object) -> None:
+    raise ZeroDivisionError
+
+
+def raises(kind: type[Exception], checked: Lease | Leases) -> bool:
     try:
-        lease.check()
+        checked.check()
     except kind:
         return True
     return False

@@ -342,6 +342,18 @@ def test_a_store_that_is_away_when_publishing_leaves_the_job_to_its_lease(store,
     assert (now(store, job).status, ends) == (JobStatus.RUNNING, ["lost"])
 
 
+def test_a_worker_without_heartbeats_ends(store, monkeypatch):
+    job = submit(store, steps=10_000)
+
+    def beat(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(store.jobs, "heartbeat", beat)
+    with pytest.raises(ZeroDivisionError):
+        make_worker(store, heartbeat_seconds=0.05).run_until_empty()
+    assert now(store, job).status is JobStatus.RUNNING, "another worker may have it when its lease has lapsed"
+
+
 def test_a_stopped_worker_hands_its_job_back(store):
     job, ends = submit(store), []
     worker = make_worker(store, on_step=at_step(4, lambda: worker.stop()), on_end=ends.append)
