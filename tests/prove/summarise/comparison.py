@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from safetensors import safe_open
 
 from prefix_store.model import frozen
 from tests.bench import results
@@ -37,8 +36,6 @@ def arms() -> dict[str, tuple[float, ...]]:
 def run() -> dict[str, Any]:
     """Everything, or what is not there yet."""
     model = pretrain.finished()
-    with safe_open(model.parent / pretrain.CHECKPOINT, "pt") as file:
-        trained = {name: float(value) for name, value in file.metadata().items()}
     made = Runs(results.FOLDER / f"{SECTION}-runs.jsonl", "tests.prove.summarise.runs", str(model))
     digest = frozen.digest_of(model)
     plan = [(task, arm) for task in tasks.NAMES for arm in arms()]
@@ -56,7 +53,7 @@ def run() -> dict[str, Any]:
         found[task][arm] = result
     return {
         "parameters": frozen.load(model).model.num_parameters(),
-        "pretraining": {"minutes": trained["elapsed"] / 60, "steps": trained["step"]},
+        "pretraining": {"steps": pretrain.STEPS, "tokens": pretrain.STEPS * pretrain.Recipe().batch_tokens},
         "tasks": found,
     }
 
@@ -77,10 +74,11 @@ def table(measured: dict[str, Any]) -> str:
     """How it was made, and one table a task: means over seeds, and what ROUGE-L scatters."""
     done = measured["pretraining"]
     made = (
-        f"A BART of {measured['parameters']:,} parameters, pretrained for {done['minutes']:.0f} minutes "
-        f"({done['steps']:,.0f} steps); {STEPS} steps of {BATCH} rows an arm, {len(SEEDS)} seeds, prefixes of "
-        f"{runs.VIRTUAL_TOKENS} virtual tokens; {answers.BEAMS} beams, length penalty {answers.LENGTH_PENALTY}; "
-        "ROUGE is F with stems, the best of the references for each measure; sources are cut to 256 tokens."
+        f"A BART of {measured['parameters']:,} parameters, pretrained in {done['steps']:,} steps on "
+        f"{done['tokens'] / 1e6:.0f} million tokens; {STEPS} steps of {BATCH} rows an arm, {len(SEEDS)} seeds, "
+        f"prefixes of {runs.VIRTUAL_TOKENS} virtual tokens; {answers.BEAMS} beams, length penalty "
+        f"{answers.LENGTH_PENALTY}; ROUGE is F with stems, the best of the references for each measure; "
+        "sources are cut to 256 tokens."
     )
     found = [_table(task, rows, measured["parameters"]) for task, rows in measured["tasks"].items()]
     return "\n\n".join([made, *found])

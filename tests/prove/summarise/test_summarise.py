@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from prefix_store.model import frozen
 from tests.prove.bundled import DATA
-from tests.prove.summarise import answers, comparison, noise, pretrain, runs, tasks
+from tests.prove.summarise import answers, comparison, copying, noise, pretrain, runs, tasks
 from trainer.bundled.recipe import Budget
 
 MASK, ROWS = 999, 6
@@ -169,9 +170,31 @@ def test_pretraining_that_was_cut_off_ends_where_the_other_does(texts, tmp_path)
     assert not torch.equal(whole["model.shared.weight"], other["model.shared.weight"])
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_start_copies(tokenizer, monkeypatch, installed):
+    """Of random tokens, where nothing but the source tells what comes: those that stand behind the same one there."""
+    if not installed:
+        monkeypatch.setattr(copying, "install", lambda model, draws: None)
+    run = pretrain.Run(pretrain.Recipe(), tokenizer)
+    rows = list(generator(0).integers(100, 6000, (8, 60)))
+    batch = run.noisy(rows, seed=0)
+    with torch.no_grad():
+        read = {"input_ids": batch.source, "attention_mask": batch.real_mask.long()}
+        said = run.model(**read, decoder_input_ids=batch.decoder).logits.argmax(-1)
+    told = [
+        (place, row)
+        for row, source in enumerate(batch.source.tolist())
+        for place, pair in enumerate(zip(batch.decoder[row].tolist(), batch.labels[row].tolist(), strict=True))
+        if pair in set(pairwise(source))
+    ]
+    right = sum(bool(said[row, place] == batch.labels[row, place]) for place, row in told) / len(told)
+    assert len(told) > 200
+    assert right > 0.9 if installed else right < 0.02
+
+
 def test_pretraining_learns(tokenizer, documents):
     run, text = pretrain.Run(TINY, tokenizer), pretrain.read(documents, tokenizer)
-    losses = [run.update(run.batch(text, 48), TINY.rate(0, step)) for step in range(30)]
+    losses = [run.update(run.batch(text, 48), TINY.rate(0, step)) for step in range(60)]
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
 
 
@@ -232,7 +255,7 @@ def test_every_arm_runs(model, arm, monkeypatch: pytest.MonkeyPatch):
 
 def measured(found: dict[str, Any]) -> dict[str, Any]:
     every = dict.fromkeys(tasks.NAMES, found)
-    return {"parameters": 7_000_000, "pretraining": {"minutes": 60, "steps": 100}, "tasks": every}
+    return {"parameters": 7_000_000, "pretraining": {"steps": 100, "tokens": 400_000}, "tasks": every}
 
 
 def test_what_is_missed():
