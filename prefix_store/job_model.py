@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from prefix_store.errors import InvalidRequest
+from prefix_store.errors import InvalidRequest, InvalidTrainingData
 from prefix_store.geometry import ModelGeometry, Stack, some_stacks
 from prefix_store.jobs import Objective
 
@@ -26,6 +26,19 @@ def check_model(options: Mapping[str, Any], geometry: ModelGeometry) -> None:
         raise InvalidRequest(
             "objective distil cannot be trained for an encoder-decoder model; lm can", param="objective"
         )
+
+
+def check_examples(examples: Iterable[Mapping[str, Any]], geometry: ModelGeometry, param: str) -> None:
+    """Raises InvalidTrainingData for a text where the model writes about what its encoder reads."""
+    if geometry.encoder is None:
+        return
+    for number, example in enumerate(examples, start=1):
+        if "text" in example:
+            raise InvalidTrainingData(
+                f"example {number}: expected a prompt and a completion, or messages, for an encoder-decoder model, "
+                "got a text, which has no part for the encoder to read",
+                param=param,
+            )
 
 
 def _check_stacks(asked: Any) -> None:

@@ -205,8 +205,8 @@ class TrainingSpec:
 
     def _check_together(self) -> None:
         if (self.virtual_tokens == 0) != (self.method == "prefix_plus"):
-            expected = "0 for prefix_plus, which has none," if self.virtual_tokens else "at least 1"
-            raise InvalidRequest(f"virtual_tokens must be {expected} got {self.virtual_tokens}", param="virtual_tokens")
+            right = "0 for prefix_plus, which has none" if self.virtual_tokens else "at least 1"
+            raise InvalidRequest(f"virtual_tokens must be {right}, got {self.virtual_tokens}", param="virtual_tokens")
         starts = [name for name in ("init_text", "init_from") if getattr(self, name) is not None]
         starts += ["init"] if self.init != "text" else []
         if len(starts) > 1:
@@ -283,7 +283,7 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class JobEvent:
-    """One line of a job's history, numbered from 1 within the job. `kind` is `message` or `metrics`."""
+    """One line of a job's history, numbered from 1 within the job. `kind` is `message`, `metrics` or `samples`."""
 
     job_id: str
     sequence: int

@@ -121,6 +121,8 @@ _BOTH: dict[str, Any] = {
     "pad_token_id": VOCABULARY,
     "vocab_size": VOCABULARY + 1,
 }
+# as published ones are; BART's are not scaled
+_SCALED = {**_BOTH, "scale_embedding": True}
 _T5: dict[str, Any] = {
     "d_model": 48,
     "d_kv": 12,  # heads * d_kv is not d_model
@@ -137,9 +139,9 @@ _T5: dict[str, Any] = {
 
 ENCODER_DECODERS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "bart": (BartConfig, _BOTH),
-    "mbart": (MBartConfig, _BOTH),
-    "pegasus": (PegasusConfig, _BOTH),
-    "marian": (MarianConfig, {**_BOTH, "decoder_vocab_size": VOCABULARY + 1}),
+    "mbart": (MBartConfig, _SCALED),
+    "pegasus": (PegasusConfig, _SCALED),
+    "marian": (MarianConfig, {**_SCALED, "decoder_vocab_size": VOCABULARY + 1}),
     "t5": (T5Config, _T5),
     "t5_gated": (T5Config, {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
 }

@@ -68,7 +68,7 @@ class FolderBlobs:
 
     def read(self, digest: str) -> bytes:
         """See `Blobs`."""
-        with storage(), _present(digest):
+        with storage(), self._present(digest):
             data = self._path(digest).read_bytes()
         check_digest(digest, hashlib.sha256(data).hexdigest())
         return data
@@ -77,18 +77,20 @@ class FolderBlobs:
     def file(self, digest: str) -> Iterator[Path]:
         """See `Blobs`. It stays readable for whoever has opened it, even if it is removed."""
         path = self._path(digest)
-        with storage(), _present(digest), path.open("rb") as file:
+        with storage(), self._present(digest), path.open("rb") as file:
             check_digest(digest, hashlib.file_digest(file, "sha256").hexdigest())
         try:
             yield path
         except FileNotFoundError:
             if path.exists():
                 raise
-            raise StoreCorrupt(f"blob {digest} is missing") from None  # removed before it was opened again
+            with storage(), self._present(digest):  # removed before it was opened again
+                raise
 
     def digests(self) -> Iterator[str]:
         """See `Blobs`."""
         with storage():
+            os.scandir(self._blobs).close()  # a folder that is away is not an empty one
             for path in self._blobs.glob("??/*"):
                 if _DIGEST.fullmatch(path.name):
                     yield path.name
@@ -118,6 +120,16 @@ class FolderBlobs:
 
     def close(self) -> None:
         """See `Blobs`."""
+
+    @contextlib.contextmanager
+    def _present(self, digest: str) -> Iterator[None]:
+        """Raises StoreCorrupt for a missing file, unless the whole folder is away, as a disk may be for a time."""
+        try:
+            yield
+        except FileNotFoundError:
+            if not self._blobs.is_dir():
+                raise
+            raise StoreCorrupt(f"blob {digest} is missing") from None
 
     def _path(self, digest: str) -> Path:
         if not _DIGEST.fullmatch(digest):
@@ -152,14 +164,6 @@ def _check_owner(held: dict[str, Any], store_id: str, records: Path | None, root
             f"{records} is a copy of {first}, whose blob folder is {root}, and each would remove the other's files; "
             "copy the folder as well and set ANTEFIX_BLOBS to the copy, or use `antefix store migrate`"
         )
-
-
-@contextlib.contextmanager
-def _present(digest: str) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:
-        raise StoreCorrupt(f"blob {digest} is missing") from None
 
 
 def check_digest(digest: str, actual: str) -> None:

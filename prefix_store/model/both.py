@@ -107,8 +107,7 @@ def _inputs(
     """What the encoder reads, and which of it is real."""
     if prefixes.embeds is None or prefixes.valid is None:
         return {"input_ids": source}, mask
-    # the encoder's own embeddings: some families scale them, and a soft prompt is as they come out
-    words = frozen.model.get_encoder().get_input_embeddings()(source)
+    words = frozen.source_embeds(source)
     embeds = torch.cat([prefixes.embeds.to(words.dtype), words], dim=1)
     return {"inputs_embeds": embeds}, torch.cat([prefixes.valid.to(mask.dtype), mask], dim=1)
 

@@ -66,6 +66,15 @@ class FrozenModel:
         """Whether tokens know how far apart they are, by a bias on their attention, and no positions (T5)."""
         return hasattr(self.model.config, "relative_attention_num_buckets")
 
+    def source_embeds(self, ids: torch.Tensor) -> torch.Tensor:
+        """`[..., E]`: what an encoder may be given in place of tokens, in front of which a soft prompt then stands.
+
+        Some families scale the embeddings of tokens outside of their table, and do not scale what they are given.
+        """
+        encoder: Any = self.model.get_encoder()
+        embeds: torch.Tensor = encoder.get_input_embeddings()(ids) * getattr(encoder, "embed_scale", 1)
+        return embeds
+
     @property
     def start_id(self) -> int:
         """The token that every answer of an encoder-decoder model begins with, unseen by the user."""

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from prefix_store import job_report
 from prefix_store.backends.base import Transaction
 from prefix_store.errors import InvalidRequest, JobNotFound
-from prefix_store.job_model import check_model
+from prefix_store.job_model import check_examples, check_model
 from prefix_store.jobs import JobEvent, TrainingJob
 from prefix_store.model.prompt import check_chat_template
 from server.api import queries, references, repeats, schemas, views
@@ -115,6 +115,7 @@ def for_this_server(
     Raises InvalidRequest for a prefix that leaves no room, and ChatTemplateMissing, naming `param`.
     """
     check_model(options, services.frozen.geometry)
+    check_examples(examples, services.frozen.geometry, param)
     asked = options.get("virtual_tokens", 1)
     if asked + 2 > services.frozen.context_length:
         raise InvalidRequest(

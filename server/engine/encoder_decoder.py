@@ -119,7 +119,7 @@ class EncoderDecoderRunner(ModelRunner):
 
     def _embeds(self, sources: Sources) -> torch.Tensor:
         """Soft prompts among the embeddings of tokens, which are those that the encoder adds its positions to."""
-        embeds: torch.Tensor = self._encoder.embed_tokens(sources.token_ids) * getattr(self._encoder, "embed_scale", 1)
+        embeds = self.frozen.source_embeds(sources.token_ids)
         for first, prompt in sources.prompts:
             embeds[0, first : first + len(prompt)] = prompt
         return embeds

@@ -38,7 +38,7 @@ class Limits:
 def check_fits(request: GenerationRequest, limits: Limits) -> None:
     """Raises ContextLengthExceeded or InvalidRequest for a request that could never run."""
     prefix = request.prefix
-    virtual, slots = (prefix.virtual_tokens - prefix.source_tokens, prefix.slots) if prefix is not None else (0, 0)
+    virtual, slots = (prefix.context_tokens, prefix.slots) if prefix is not None else (0, 0)
     prompt, new, source = len(request.prompt_ids), request.params.max_tokens, request.source_length
     beams = request.params.num_beams
     if source > limits.context_length:
@@ -50,9 +50,10 @@ def check_fits(request: GenerationRequest, limits: Limits) -> None:
     if not request.prompt_ids:
         raise InvalidRequest("the prompt is empty: at least one token is needed", param="prompt")
     if virtual + prompt + new > limits.context_length:
+        begun = "that every answer begins with" if request.source_ids else "of the prompt"
         raise ContextLengthExceeded(
             f"This model's maximum context length is {limits.context_length} tokens; the request needs "
-            f"{virtual + prompt + new}: {virtual} of the prefix, {prompt} of the prompt and {new} of max_tokens",
+            f"{virtual + prompt + new}: {virtual} of the prefix, {prompt} {begun} and {new} of max_tokens",
             param="max_tokens",
         )
     if (needed := slots + source + prompt + new) > limits.slots:

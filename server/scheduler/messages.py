@@ -59,6 +59,11 @@ class PrefixPayload:
         return self.virtual_tokens if stack is Stack.CROSS and Stack.SELF in self.stacks else 0
 
     @property
+    def context_tokens(self) -> int:
+        """Places that it takes in the context of every request, which beside an encoder is the decoder's."""
+        return self.virtual_tokens if Stack.SELF in self.stacks else self.position_offset
+
+    @property
     def source_tokens(self) -> int:
         """Virtual tokens that are a part of each request's source."""
         return 0 if self.stacks else self.virtual_tokens

@@ -65,7 +65,8 @@ def initial_embeds(frozen: FrozenModel, spec: TrainingSpec, start: Start) -> tor
     if isinstance(start, dict):
         return tensor_of(frozen, spec, start, "embeds")
     ids = torch.tensor(initial_ids(frozen.tokenizer, spec, start), device=frozen.device)
-    embeddings: torch.Tensor = frozen.model.get_input_embeddings()(ids)
+    embed = frozen.source_embeds if frozen.is_encoder_decoder else frozen.model.get_input_embeddings()
+    embeddings: torch.Tensor = embed(ids)
     return embeddings.detach().float()
 
 

@@ -67,6 +67,21 @@ def test_a_missing_blob_is_corruption(store, read):
         read(HELLO)
 
 
+def test_a_folder_that_is_away_for_a_time_is_no_corruption(folder, tmp_path):
+    folder.put(b"hello")
+    away = folder.root.rename(tmp_path / "away")
+
+    def open_it():
+        with folder.file(HELLO):
+            pass
+
+    for act in (lambda: folder.read(HELLO), open_it, lambda: folder.put(b"more"), lambda: list(folder.digests())):
+        with pytest.raises(StoreUnavailable):
+            act()
+    away.rename(folder.root)
+    assert folder.read(HELLO) == b"hello"
+
+
 def test_a_blob_is_removed_unless_it_is_needed(blobs):
     blobs.put(b"hello")
     assert not blobs.remove_unless(HELLO, lambda: True)

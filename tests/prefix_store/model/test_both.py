@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import pytest
@@ -96,10 +97,11 @@ def test_a_soft_prompt_is_embeddings_before_the_source(family):
     parts = [StackRows.prompt(embeds[0], 1), StackRows.prompt(embeds[1], 2), StackRows.bare(1, frozen.device)]
     source, source_mask = padded(SOURCES)
     target, target_mask = padded(targets(family))
+    scale = math.sqrt(plain.config.d_model) if getattr(plain.config, "scale_embedding", False) else 1
     with torch.no_grad():
         found = both.logits(frozen, source, source_mask, target, target_mask, StackRows.joined(parts))
         for row, own in enumerate([embeds[0], embeds[1], embeds[1], embeds[0][:0]]):
-            words = plain.get_encoder().get_input_embeddings()(torch.tensor([SOURCES[row]]))
+            words = plain.get_encoder().embed_tokens.weight[torch.tensor([SOURCES[row]])] * scale
             right = plain(
                 inputs_embeds=torch.cat([own[None], words], dim=1),
                 decoder_input_ids=torch.tensor([targets(family)[row]]),

@@ -32,6 +32,17 @@ def test_a_memory_takes_slots_and_no_context():
         check_fits(make_request("a", "r", prompt=70, new=30, prefix=MEMORY), small)
 
 
+def test_only_what_stands_before_an_answer_takes_its_context():
+    before, beside, moved = (
+        PrefixPayload("p", 20, offset, True, None, stacks=stacks)
+        for offset, stacks in ((0, (Stack.SELF,)), (0, (Stack.ENCODER, Stack.CROSS)), (20, (Stack.ENCODER,)))
+    )
+    for prefix, room in ((before, 79), (beside, 99), (moved, 79)):
+        check_fits(make_request("a", "r", prompt=1, new=room, prefix=prefix, source=5), LIMITS)
+        with pytest.raises(ContextLengthExceeded, match="1 that every answer begins with"):
+            check_fits(make_request("a", "r", prompt=1, new=room + 1, prefix=prefix, source=5), LIMITS)
+
+
 def test_a_source_has_a_context_of_its_own_and_takes_slots():
     all_stacks = PrefixPayload("p", 20, 20, True, None, stacks=tuple(Stack))
     check_fits(make_request("a", "r", prompt=1, new=79, prefix=PREFIX, source=50), LIMITS)
