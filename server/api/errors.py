@@ -50,7 +50,7 @@ HEADERS = {
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 STATUS_CODES = {404: "route_not_found", 405: "method_not_allowed"}
 ARMS = ("list[", "dict[", "literal[")  # how pydantic names the arms of a union, beside plain types
-LONGEST, LONGEST_PATH = 500, 60
+LONGEST, LONGEST_PATH = 1000, 60
 
 
 def body(error: AntefixError) -> dict[str, Any]:
@@ -102,7 +102,8 @@ def _row(error: AntefixError) -> tuple[int, str]:
 
 
 def _body(message: str, kind: str, param: str | None, code: str) -> dict[str, Any]:
-    return {"error": {"message": _sound(message[:LONGEST]), "type": kind, "param": _sound(param), "code": code}}
+    said = message if len(message) <= LONGEST else f"{message[: LONGEST - 1]}…"
+    return {"error": {"message": _sound(said), "type": kind, "param": _sound(param), "code": code}}
 
 
 def _sound(text: Any) -> Any:

@@ -120,6 +120,18 @@ def test_input_is_never_echoed_at_length(client: TestClient) -> None:
         assert "x" * 81 not in reply.text
 
 
+def test_a_message_that_is_cut_says_so(client: TestClient, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, longest = [], errors.LONGEST
+
+    def refused(*_: object) -> None:
+        raise store_errors.InvalidRequest(said[-1])
+
+    monkeypatch.setattr(store.prefixes, "page", refused)
+    for length, told in ((longest, "x" * longest), (longest + 1, "x" * (longest - 1) + "…")):
+        said.append("x" * length)
+        assert client.get("/v1/prefixes").json()["error"]["message"] == told
+
+
 def test_a_bug_is_500_without_a_traceback_but_with_an_id(
     client: TestClient, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
