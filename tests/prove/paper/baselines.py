@@ -62,14 +62,15 @@ def train(
     steps: int,
     seed: int,
     loss_of: Loss = causal_loss,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Tunes what can be tuned, leaves the best state by dev loss in the model, and says what it took."""
+    """Tunes what can be tuned, leaves the best state by dev loss in the model, and says what it took by `clock`."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     best, kept = nats(model, dev, loss_of), _copies(parameters)
     stream, seconds = shuffled_batches(examples, BATCH, seed), 0.0
     for step in range(1, steps + 1):
-        begun = time.perf_counter()
+        begun = clock()
         loss = loss_of(model, next(stream))
         optimiser.zero_grad()
         loss.backward()
@@ -78,7 +79,7 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = rate * min(step / warmup, (steps - step + 1) / (steps - warmup + 1))
         optimiser.step()
-        seconds += time.perf_counter() - begun
+        seconds += clock() - begun
         if step % -(-steps // LOOKS) == 0 or step == steps:
             found = nats(model, dev, loss_of)
             if found < best:

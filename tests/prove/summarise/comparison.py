@@ -23,7 +23,7 @@ from tests.prove.summarise.rivals import rivals
 
 SECTION = "summarise"
 STEPS, SEEDS = 300, (0, 1)
-COLUMNS = ("ROUGE-1", "ROUGE-2", "ROUGE-L", "dev loss", "trainable", "KB a task", "s of training")
+COLUMNS = ("ROUGE-1", "ROUGE-2", "ROUGE-L", "dev loss", "trainable", "KB a task", "CPU s of training")
 
 
 def arms() -> dict[str, tuple[float, ...]]:

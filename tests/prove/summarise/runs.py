@@ -2,13 +2,14 @@
 
 `python -m tests.prove.summarise.runs FOLDER '{"model": …, "task": …, "arm": …, "rate": …, "seed": …, "steps": …}'`
 prints one line of JSON; `model` is the digest of what is in the folder. It takes one thread, and leaves the other to a
-run beside it.
+run beside it; its seconds are those of the CPU, whatever else runs.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 def measure(model: Path, run: dict[str, Any], rows: int | None = None) -> dict[str, Any]:
-    """ROUGE, dev loss, trainable and kept numbers, seconds of training. `rows`: of the task's only so many."""
+    """ROUGE, dev loss, trainable and kept numbers, CPU seconds of training. `rows`: of the task's only so many."""
     task, fresh = tasks.load(run["task"]).first(rows), frozen.load(model)
     if run["arm"] == INPUT:
         found = {"trainable": 0, "kept": 0, **_scored([row["prompt"] for row in task.test], task)}
@@ -79,6 +80,7 @@ def _rival(model: FrozenModel, task: tasks.Task, run: dict[str, Any]) -> dict[st
         steps=run["steps"],
         seed=run["seed"],
         loss_of=target_loss,
+        clock=time.process_time,
     )
     written = answers.by_transformers(tuned, model.tokenizer, _sources(model, task))
     return {
@@ -98,7 +100,7 @@ def _ours(model: FrozenModel, served: FrozenModel, task: tasks.Task, run: dict[s
         batch_size=baselines.BATCH, virtual_tokens=VIRTUAL_TOKENS, **OURS[run["arm"]][0],
     )  # fmt: skip
     method = METHODS[spec.method](trained, spec, chain.from_iterable(example.source for example in train))
-    result, seconds = timed_fit(trained, method, train, dev, spec)
+    result, seconds = timed_fit(trained, method, train, dev, spec, time.process_time)
     payload = payload_of(run["arm"], method.manifest(), result.tensors, served.dtype)
     return {
         "loss": result.valid_loss,
