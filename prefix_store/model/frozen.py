@@ -97,9 +97,12 @@ class FrozenModel:
 
     @property
     def banned_ids(self) -> frozenset[int]:
-        """Tokens that the generation config lets no answer have; longer sequences of them are not looked at."""
+        """Tokens that the generation config lets no answer have; longer sequences of them are not looked at.
+
+        An end that it names there is possible all the same, as in transformers.
+        """
         banned = getattr(self.model.generation_config, "bad_words_ids", None) or []
-        return frozenset(ids[0] for ids in banned if len(ids) == 1)
+        return frozenset(ids[0] for ids in banned if len(ids) == 1) - self._configured_ends
 
     @property
     def vocabulary_size(self) -> int:
@@ -111,10 +114,14 @@ class FrozenModel:
     @property
     def end_ids(self) -> frozenset[int]:
         """Every token that ends a text, by the model's generation config and by its tokenizer."""
+        own = getattr(self.tokenizer, "eos_token_id", None)
+        return self._configured_ends | ({own} if own is not None else set())
+
+    @property
+    def _configured_ends(self) -> frozenset[int]:
         configured = getattr(self.model.generation_config, "eos_token_id", None)
         several = configured if isinstance(configured, list) else [configured]
-        own = getattr(self.tokenizer, "eos_token_id", None)
-        return frozenset(token for token in [*several, own] if token is not None)
+        return frozenset(token for token in several if token is not None)
 
     @property
     def has_sliding_window(self) -> bool:

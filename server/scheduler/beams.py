@@ -8,11 +8,13 @@ which the two differ. What all of them only read, as the prefix, is there once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from itertools import takewhile
 
+from prefix_store.errors import GenerationFailed
 from server.scheduler.messages import FinishReason, GenerationRequest, Hypothesis, TokenEvent, TokenLogprob
 from server.scheduler.plan import Candidate, Move, Row, RowResult
 from server.scheduler.sequence import Sequence
@@ -128,7 +130,7 @@ class BeamGroup(Sequence):
         """Gives every beam its next token; False once no answer could be better than those that have ended.
 
         As in transformers, an answer may end only where it is among the `width` best of all candidates, and the beams
-        go on with the best of the others. There is always one: a row gives `width` candidates that do not end.
+        go on with the best of the others: there are fewer than `width` only where so few are possible.
         """
         params = self.request.params
         ranked: list[Ranked] = sorted(
@@ -136,6 +138,7 @@ class BeamGroup(Sequence):
                 (beam.score + candidate.logprob, beam, candidate)
                 for beam, found in zip(self.beams, candidates, strict=True)
                 for candidate in found
+                if candidate.logprob > -math.inf
             ),
             key=lambda one: one[0],
             reverse=True,
@@ -162,7 +165,7 @@ class BeamGroup(Sequence):
             return False
         if params.early_stopping == "never" and params.length_penalty > 0:
             length = params.max_tokens
-        return score / length**params.length_penalty > self.hypotheses[-1].score
+        return _normalised(self, score, length) > self.hypotheses[-1].score
 
     def _reorder(self, chosen: Rows[Ranked]) -> None:
         """The first child of a beam stays in its place; the others get those of beams that do not go on."""
@@ -185,7 +188,7 @@ class BeamGroup(Sequence):
         self.tokens, self.computed = beams[0].tokens, beams[0].computed
 
     def _ending(self, score: float, beam: Beam, candidate: Candidate) -> Hypothesis:
-        if candidate.token_id in self.end_ids:
+        if candidate.token_id in self.end_ids or beam.forced is not None:
             # an end that the model's rule puts where there is no more room is no end of the answer's own
             reason = FinishReason.STOP if beam.forced is None else FinishReason.LENGTH
             return _hypothesis(self, score, beam, beam.generated + 1, reason, candidate.scored)
@@ -196,13 +199,18 @@ class BeamGroup(Sequence):
         return sorted([*self.hypotheses, *more], key=lambda found: found.score, reverse=True)[: self.width]
 
     def _ended(self) -> TokenEvent:
+        """As many hypotheses as beams: where fewer answers are possible the best is there again, as in transformers."""
+        if not self.hypotheses:
+            error = GenerationFailed("no token may come next: the model's rules and the request forbid all of them")
+            return TokenEvent(self.request.id, finish_reason=FinishReason.ERROR, error=error)
         if not self.prompt_logprobs:
             self.prompt_logprobs = self.beams[0].prompt_logprobs
+        best, missing = self.hypotheses[0], self.width - len(self.hypotheses)
         return TokenEvent(
             self.request.id,
-            finish_reason=self.hypotheses[0].finish_reason,
+            finish_reason=best.finish_reason,
             prompt_logprobs=self.scored_prompt() if self.wants_prompt_logprobs else None,
-            hypotheses=tuple(self.hypotheses),
+            hypotheses=(*self.hypotheses, *[best] * missing),
         )
 
     def _part(self, place: int) -> Extent:
@@ -247,8 +255,13 @@ def _hypothesis(
     """A beam with its score by its length, which counts the token that ends it."""
     return Hypothesis(
         token_ids=tuple(beam.tokens[beam.prompt_length :]),
-        score=score / length**group.request.params.length_penalty,
+        score=_normalised(group, score, length),
         finish_reason=reason,
         logprobs=beam.logprobs,
         end_logprob=end,
     )
+
+
+def _normalised(group: BeamGroup, score: float, length: int) -> float:
+    """A score by the length of its answer, in which transformers counts what the model's rules begin it with."""
+    return score / (group.request.forced_length + length) ** group.request.params.length_penalty

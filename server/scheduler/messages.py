@@ -97,6 +97,11 @@ class GenerationRequest:
         """Tokens that the encoder reads: a soft prompt's, and the source's own."""
         return len(self.source_ids) + (self.prefix.source_tokens if self.prefix is not None else 0)
 
+    @property
+    def forced_length(self) -> int:
+        """Tokens that an encoder-decoder model's own rules put behind the start of its answer."""
+        return len(self.prompt_ids) - 1 if self.source_length else 0
+
 
 @dataclass(frozen=True)
 class TokenLogprob:

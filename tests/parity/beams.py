@@ -53,11 +53,14 @@ class Search:
             options["repetition_penalty"] = self.repetition_penalty
         return options
 
-    def answers(self, found: Found, begun: int) -> list[tuple[list[int], float]]:
-        """Every returned sequence behind its first `begun` tokens, without what ends it or fills it up; its score."""
+    def answers(self, found: Found, begun: int, forced: int = 0) -> list[tuple[list[int], float]]:
+        """Every returned sequence behind its first `begun` tokens, without what ends it or fills it up; its score.
+
+        Of what was generated the first `forced` tokens are left out.
+        """
         answers = []
         for row, indices in zip(found.sequences[:, begun:].tolist(), found.beam_indices.tolist(), strict=True):
-            kept = row[: sum(index >= 0 for index in indices)]
+            kept = row[forced : sum(index >= 0 for index in indices)]
             answers.append(kept[:-1] if kept and kept[-1] in self.ends else kept)
         return list(zip(answers, found.sequences_scores.tolist(), strict=True))
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from prefix_store.geometry import Stack
 from prefix_store.model import sites
+from server.api.prompts import fields
 from server.scheduler.beams import BeamGroup
-from server.scheduler.messages import GenerationRequest
-from tests.models import ENCODER_DECODERS, EOS, random_kvs, tiny_frozen, tiny_model
+from server.scheduler.messages import FinishReason, GenerationRequest
+from tests.models import BOS, ENCODER_DECODERS, EOS, random_kvs, tiny_frozen, tiny_model
 from tests.parity.beams import Search, answers, drawn, hypotheses, run
 from tests.parity.harness import make_engine
 from tests.parity.stacks import Prefix, behind
@@ -22,11 +24,13 @@ FAMILIES = [pytest.param(name, marks=() if name in ("bart", "t5") else pytest.ma
 
 
 class Family:
-    """A model to serve, and the plain one that searches for one request at a time."""
+    """A model to serve, and the plain one that searches for one request at a time, both with a config's `rules`."""
 
-    def __init__(self, name: str) -> None:
-        self.served, self.plain = tiny_frozen(name), tiny_model(name)
+    def __init__(self, name: str, **rules: Any) -> None:
+        self.name, self.served, self.plain = name, tiny_frozen(name), tiny_model(name)
         sites.mark(self.plain)
+        for model in (self.served.model, self.plain):
+            model.generation_config.update(**rules)
 
     def prefix(self, index: int, length: int) -> Prefix:
         """Of each set of stacks in turn, moving the answer's positions or not."""
@@ -42,16 +46,19 @@ class Family:
     def request(self, index: int, search: Search, prefix: Prefix) -> GenerationRequest:
         payload = prefix.payload(f"{index}") if prefix.stacks or prefix.embeds is not None else None
         made = search.request(f"{index}", payload)
-        return replace(made, prompt_ids=(self.served.start_id,), source_ids=search.prompt)
+        # a forced end is for who does not ignore the model's own
+        params = replace(made.params, ignore_eos=self.served.last_id is None)
+        return replace(made, params=params, **fields(search.prompt, self.served))
 
     @torch.inference_mode()
     def by_transformers(self, search: Search, prefix: Prefix) -> list[tuple[list[int], float]]:
-        start = torch.tensor([[self.served.start_id]])
+        start, forced = torch.tensor([[self.served.start_id]]), len(self.served.start_ids) - 1
+        longer = replace(search, new=search.new + forced, least=search.least and search.least + forced)
         with behind(self.plain, search.prompt, prefix) as states:
             found = self.plain.generate(
-                encoder_outputs=states, decoder_input_ids=start, use_cache=False, **search.options()
+                encoder_outputs=states, decoder_input_ids=start, use_cache=False, **longer.options()
             )
-        return search.answers(found, 1)
+        return search.answers(found, 1, forced)
 
     def disagreements(self, searches: Sequence[Search], prefixes: Sequence[Prefix], given: Sequence[Prefix]) -> int:
         """How many searches behind what they are given find anything else than behind their prefixes alone."""
@@ -78,6 +85,41 @@ def test_beams_among_rows_of_other_prefixes_find_what_each_finds_alone(family):
         found, expected = hypotheses(events[made.id]), family.by_transformers(search, prefix)
         assert [list(answer.token_ids) for answer in found] == [ids for ids, _ in expected], search
         assert [answer.score for answer in found] == pytest.approx([score for _, score in expected], rel=1e-4, abs=1e-5)
+
+
+RULES = {
+    "forced_bos_token_id": BOS,
+    "forced_eos_token_id": EOS,
+    "bad_words_ids": [[EOS], [60], [61]],  # of which transformers lets the end come
+}
+
+
+@pytest.mark.parametrize(
+    "names", [("forced_bos_token_id",), ("forced_eos_token_id",), ("bad_words_ids",), tuple(RULES)]
+)
+def test_beams_find_what_transformers_finds_by_the_rules_of_the_generation_config(family, names):
+    """A forced beginning is no part of the answer here and one there, in scores and in lengths: as many are free."""
+    ruled = Family(family.name, **{name: RULES[name] for name in names})
+    many = [drawn(7 + index, 6, ends=(EOS,), length_penalty=penalty) for index, penalty in enumerate((1.0, 2.0, -1.0))]
+    searches = [search for several in many for search in several if search.new > 1]
+    prefixes = [ruled.prefix(index, search.prefix or 4) for index, search in enumerate(searches)]
+    requests = [ruled.request(*each) for each in zip(range(len(searches)), searches, prefixes, strict=True)]
+    events = run(make_engine(ruled.served), requests, [search.arrives for search in searches])
+    for made, search, prefix in zip(requests, searches, prefixes, strict=True):
+        found, expected = hypotheses(events[made.id]), ruled.by_transformers(search, prefix)
+        assert [list(answer.token_ids) for answer in found] == [ids for ids, _ in expected], search
+        assert [answer.score for answer in found] == pytest.approx([score for _, score in expected], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("rules", [("forced_eos_token_id",), ("forced_bos_token_id", "forced_eos_token_id")])
+@pytest.mark.parametrize("length_penalty", [1.0, 0.0, -1.0])
+def test_where_only_the_forced_end_has_room_all_answers_are_empty_as_in_transformers(family, rules, length_penalty):
+    ruled = Family(family.name, **{name: RULES[name] for name in rules})
+    search = Search((5, 6, 7), num_beams=3, new=1, length_penalty=length_penalty)
+    ((event,),) = run(make_engine(ruled.served), [ruled.request(0, search, Prefix())], [0]).values()
+    expected = [ids for ids, _ in ruled.by_transformers(search, Prefix())]
+    assert [list(answer.token_ids) for answer in event.hypotheses] == expected == [[]] * 3
+    assert {(answer.score, answer.finish_reason) for answer in event.hypotheses} == {(0.0, FinishReason.LENGTH)}
 
 
 def test_what_would_be_wrong_is_seen(family, monkeypatch):

@@ -122,6 +122,17 @@ def test_openais_routes_answer_the_same(running: Running) -> None:
         assert reply["usage"]["prompt_tokens"] == len(frozen.tokenizer(PROMPT).input_ids)
 
 
+def test_an_answer_that_cannot_be_is_never_a_choice(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, frozen = running
+    monkeypatch.setattr(frozen.model.generation_config, "forced_eos_token_id", 1)
+    asked = {"temperature": 1.0, "ignore_eos": False, "num_beams": 3, "n": 3}
+    reply = generate(client, **asked, max_tokens=1)
+    assert [(choice["text"], choice["finish_reason"]) for choice in reply["choices"]] == [("", "length")] * 3
+    assert reply["usage"]["completion_tokens"] == 0
+    longer = generate(client, **asked, max_tokens=2)
+    assert len({tuple(choice["logprobs"]["token_ids"]) for choice in longer["choices"]}) == 3
+
+
 def test_sampling_and_choices_are_as_ever(running: Running) -> None:
     client, _ = running
     drawn = {"temperature": 1.0, "seed": 5, "n": 3, "top_p": 0.9, "prefix_id": "all"}

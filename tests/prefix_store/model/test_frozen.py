@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import NoBadWordsLogitsProcessor
 
 from prefix_store.errors import ModelUnsupported
 from prefix_store.geometry import EncoderGeometry
@@ -120,3 +121,12 @@ def test_an_answer_begins_and_ends_by_the_rules_of_the_generation_config(family)
     model.model.generation_config.update(**rules)
     assert (model.start_ids, model.last_id, model.banned_ids) == ((model.start_id, 7), 4, {5})
     assert model.is_relative == (family == "t5")
+
+
+@pytest.mark.parametrize("ends", [1, [1, 9]])
+def test_an_end_is_not_banned_as_a_bad_word_as_in_transformers(ends):
+    model, scores = tiny_frozen("bart"), torch.zeros(1, 259)
+    words = [[1], [9], [5], [6, 8]]
+    model.model.generation_config.update(eos_token_id=ends, bad_words_ids=words)
+    expected = NoBadWordsLogitsProcessor(words, ends)(torch.zeros(1, 1, dtype=torch.long), scores)
+    assert model.banned_ids == set(expected[0].isinf().nonzero().flatten().tolist()) == {5, 9} - set(model.end_ids)

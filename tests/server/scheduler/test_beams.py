@@ -40,6 +40,8 @@ def logprobs(tokens: tuple[int, ...], digest: str | None) -> list[float]:
 def plainly(made: GenerationRequest) -> list[tuple[tuple[int, ...], float]]:
     """The same search over all texts of a step, by transformers' rules: answers without their end, and their scores."""
     params, digest = made.params, made.prefix.digest if made.prefix else None
+    # of an encoder-decoder model's prompt transformers gives only the start, and finds the rest itself
+    found = len(made.prompt_ids) - 1 if made.source_ids else 0
     live: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     ended: list[tuple[float, tuple[int, ...]]] = []
     for length in range(1, params.max_tokens + 1):
@@ -47,20 +49,23 @@ def plainly(made: GenerationRequest) -> list[tuple[tuple[int, ...], float]]:
             (score + each, (*text, token))
             for score, text in live
             for token, each in enumerate(logprobs((*made.prompt_ids, *text), digest))
+            if each > -math.inf
         ]
         texts.sort(key=lambda one: -one[0])
         last = length == params.max_tokens
         for score, text in texts[: params.num_beams]:
             if last or text[-1] == EOS:
-                ended.append((score / length**params.length_penalty, text))
+                ended.append((score / (found + length) ** params.length_penalty, text))
         ended = sorted(ended, key=lambda one: -one[0])[: params.num_beams]
         live = [one for one in texts if one[1][-1] != EOS][: params.num_beams]
+        if not live:
+            break
         if len(ended) == params.num_beams:
             if params.early_stopping is True:
                 break
             never = params.early_stopping == "never" and params.length_penalty > 0
             reach = params.max_tokens if never else length
-            if live[0][0] / reach**params.length_penalty <= ended[-1][0]:
+            if live[0][0] / (found + reach) ** params.length_penalty <= ended[-1][0]:
                 break
     return [(text[:-1] if text[-1] == EOS else text, score) for score, text in ended]
 
@@ -154,6 +159,62 @@ def test_a_group_alone_finds_what_a_plain_search_finds(length_penalty, early_sto
             ((event,),) = device.drain().values()
             assert plainly(made) == said(event.hypotheses)
             assert event.finish_reason is event.hypotheses[0].finish_reason
+
+
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+@pytest.mark.parametrize("length_penalty", [1.0, -2.0, 2.0])
+def test_a_beginning_that_the_models_rules_force_counts_in_an_answers_length(length_penalty, early_stopping):
+    for prompt in (1, 2, 4):
+        chosen = {"length_penalty": length_penalty, "early_stopping": early_stopping}
+        made = request("a", prompt, 8, 4, source_ids=(30, 31, 32), **chosen)
+        device = Device(make())
+        device.scheduler.add(made, seed=0)
+        ((event,),) = device.drain().values()
+        assert plainly(made) == said(event.hypotheses)
+
+
+def allow(monkeypatch: pytest.MonkeyPatch, *possible: int) -> None:
+    """No other token may come next."""
+    every = logprobs
+
+    def some(tokens: tuple[int, ...], digest: str | None) -> list[float]:
+        return [each if token in possible else -math.inf for token, each in enumerate(every(tokens, digest))]
+
+    monkeypatch.setitem(globals(), "logprobs", some)
+
+
+@pytest.mark.parametrize("possible", [(5,), (EOS, 5), (5, 6), (EOS, 5, 6)])
+@pytest.mark.parametrize("new", [1, 2, 7])
+def test_no_answer_has_a_token_that_cannot_come(possible, new, monkeypatch):
+    """Fewer beams than were asked for go on; where there are fewer answers, the best stands for those that lack."""
+    allow(monkeypatch, *possible)
+    for name, beams in (("a", 4), ("b", 8)):
+        made, device = request(name, new=new, beams=beams), Device(make())
+        device.scheduler.add(made, seed=0)
+        ((event,),) = device.drain().values()
+        found = plainly(made)
+        assert said(event.hypotheses) == found + found[:1] * (beams - len(found))
+
+
+def test_a_search_in_which_nothing_can_come_fails_alone(monkeypatch):
+    allow(monkeypatch)
+    device = Device(make())
+    for name, beams in (("a", 3), ("b", 1)):
+        device.scheduler.add(request(name, beams=beams), seed=0)
+    events = device.drain()
+    assert [event.finish_reason for event in events["a"]] == [FinishReason.ERROR]
+    assert "no token may come next" in str(events["a"][0].error)
+    assert events["b"][-1].finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("last_id", [EOS, 5])
+def test_where_only_the_forced_end_has_room_there_is_one_answer(last_id):
+    device = Device(make())
+    device.scheduler.add(request("a", new=1, beams=3, last_id=last_id), seed=0)
+    ((event,),) = device.drain().values()
+    assert [(found.token_ids, found.score, found.finish_reason) for found in event.hypotheses] == [
+        ((), 0.0, FinishReason.LENGTH)
+    ] * 3
 
 
 @pytest.mark.parametrize("seed", range(40))
