@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,7 +53,11 @@ def evaluate(
     ],
     ref: Annotated[str | None, typer.Argument(help="A prefix: name or name@version. Without: the bare model.")] = None,
     metrics: Annotated[
-        str | None, typer.Option(help=f"With commas between. Default: {','.join(scores.METRICS)}; of texts, loss.")
+        str | None,
+        typer.Option(
+            help=f"With commas between. Default: {','.join(scores.METRICS)}; of texts, loss; of an encoder-decoder "
+            "model, all but loss, which it does not have here."
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many examples.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens an answer.")] = 128,
@@ -70,6 +76,9 @@ def evaluate(
         model = server.get(_model(ref)) if ref is not None else _bare(server)
         asker = _Asker(server, model["id"], model["root"] if ref is not None else None, wanted, max_tokens, max_length)
         try:
+            if "loss" in wanted and crowd.patiently(asker.has_source, cases[0]):
+                wanted = _without_loss(metrics, cases)
+                asker = replace(asker, metrics=wanted)
             outcomes = crowd.ask_all(cases, asker.ask, concurrency, "evaluating")
         except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
             raise Failure(f"{NOT_ANTEFIX}: {error}") from error
@@ -129,6 +138,17 @@ def _metrics(asked: str | None, cases: list[Case]) -> list[str]:
     return wanted
 
 
+def _without_loss(asked: str | None, cases: list[Case]) -> list[str]:
+    """What is measured of an encoder-decoder model, which scores only tokens that it chose itself."""
+    without = next((case for case in cases if case.asked is None), None)
+    if without is not None:
+        fail(f"example {without.number} is a text, which has no part for an encoder to read")
+    if asked is not None:
+        others = ",".join(scores.TEXT_METRICS)
+        fail(f"an encoder-decoder model has no loss here: no answer that it is given gets scores; ask for {others}")
+    return list(scores.TEXT_METRICS)
+
+
 def _with_references(line: Any) -> Example:
     """A canonical example that may have `references`; where it has no completion, the first of them stands for it."""
     if not isinstance(line, dict) or line.get(REFERENCES) is None:
@@ -179,14 +199,15 @@ class _Asker:
     max_length: int | None
 
     def ask(self, case: Case) -> Outcome:
-        try:
+        with _named(case):
             answer = self._answer(case) if set(self.metrics) & set(scores.TEXT_METRICS) else None
             nats, tokens = self._loss(case) if "loss" in self.metrics else (0.0, 0)
-        except Busy:
-            raise
-        except Failure as failure:
-            raise Failure(f"example {case.number}: {failure}") from failure
         return Outcome(answer, nats, tokens)
+
+    def has_source(self, case: Case) -> bool:
+        """Whether the model is an encoder-decoder one, where what is asked is apart from the answer's tokens."""
+        with _named(case):
+            return any("source" in piece for piece in self._read(case))
 
     def _answer(self, case: Case) -> str:
         assert case.asked is not None
@@ -198,15 +219,31 @@ class _Asker:
 
     def _loss(self, case: Case) -> tuple[float, int]:
         """By the log-probabilities of the prompt that is the example; the server says which of its tokens count."""
-        body = {"model": self.prefix or self.model, "example": case.example, "max_length": self.max_length}
         nats, count = 0.0, 0
-        for piece in self.server.post("/tokenize", json=body)["examples"]:
+        for piece in self._read(case):
             scored = {"prompt": piece["tokens"], "prefix_id": self.prefix, "echo": True, "logprobs": 0}
             reply = self.server.post("/generate", json={**scored, "max_tokens": 1, "temperature": 0})
             each = reply["logprobs"]["token_logprobs"]
             nats -= math.fsum(each[place] for place in piece["targets"])
             count += len(piece["targets"])
         return nats, count
+
+    def _read(self, case: Case) -> list[dict[str, Any]]:
+        """An example as training would read it."""
+        body = {"model": self.prefix or self.model, "example": case.example, "max_length": self.max_length}
+        read: list[dict[str, Any]] = self.server.post("/tokenize", json=body)["examples"]
+        return read
+
+
+@contextmanager
+def _named(case: Case) -> Iterator[None]:
+    """Around what is asked about a case, for a failure to say which."""
+    try:
+        yield
+    except Busy:
+        raise
+    except Failure as failure:
+        raise Failure(f"example {case.number}: {failure}") from failure
 
 
 def _write(path: Path, cases: list[Case], outcomes: list[Outcome]) -> None:

@@ -155,7 +155,9 @@ class ExampleEncoder:
             raise InvalidTrainingData(f"{where}: the chat template does not keep this answer's text", param="examples")
         before = prompt.encode(self.tokenizer, asked, special_tokens=False)
         ids = prompt.encode(self.tokenizer, whole, special_tokens=False)
-        if ids[: len(before)] == before:
+        if prompt.has_two_sides(self.tokenizer):
+            ids = prompt.encode_answer(self.tokenizer, whole[len(asked) :])
+        elif ids[: len(before)] == before:
             ids = ids[len(before) :]
         else:  # the answer's first letters and the template's last would be one token, which serving never sees
             ids = prompt.encode(self.tokenizer, whole[len(asked) :], special_tokens=False)

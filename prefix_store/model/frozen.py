@@ -24,7 +24,9 @@ BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 # T5's positions are relative, so nothing ends at the length that it was trained on
 RELATIVE_LENGTH = 512
 _WEIGHTS = (".safetensors", ".bin")
-_TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+_TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.spm", "*.txt")
+# Others of transformers' encoder-decoder models have attention, positions or biases of another make.
+ENCODER_DECODERS = ("bart", "mbart", "pegasus", "marian", "t5", "mt5", "blenderbot", "blenderbot-small", "plbart")
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,7 @@ class FrozenModel:
     @property
     def start_id(self) -> int:
         """The token that every answer of an encoder-decoder model begins with, unseen by the user."""
-        configured = getattr(self.model.generation_config, "decoder_start_token_id", None)
-        start = configured if configured is not None else self.model.config.decoder_start_token_id
-        return int(start)
+        return _start_of(self.model)
 
     @property
     def start_ids(self) -> tuple[int, ...]:
@@ -151,9 +151,10 @@ def load(source: str | Path, *, device: str = "cpu", dtype: str = "float32", nam
 
 
 def freeze(model: PreTrainedModel, tokenizer: Any, *, digest: str, name: str) -> FrozenModel:
-    """Wraps a model made elsewhere; its parameters stop needing gradients."""
+    """Wraps a model made elsewhere; its parameters stop needing gradients. Raises ModelUnsupported."""
     model.eval().requires_grad_(False)
     if model.config.is_encoder_decoder:
+        _start_of(model)
         sites.mark(model)
     else:
         # GPT-2 warns about padding by looking for the pad id in every batch, which costs a device sync a step
@@ -194,6 +195,18 @@ def _encoder(config: Any) -> EncoderGeometry:
     heads = _first(config, "encoder_attention_heads", "num_attention_heads")
     head_dim = getattr(config, "d_kv", None) or config.hidden_size // heads
     return EncoderGeometry(layers=_first(config, "encoder_layers", "num_layers"), heads=heads, head_dim=head_dim)
+
+
+def _start_of(model: PreTrainedModel) -> int:
+    """What `generate` begins answers with. Raises ModelUnsupported where the model names nothing to begin with."""
+    for name in ("decoder_start_token_id", "bos_token_id"):
+        for config in (model.generation_config, model.config):
+            if (start := getattr(config, name, None)) is not None:
+                return int(start)
+    raise ModelUnsupported(
+        f"{model.config.model_type}: the model's config names neither a decoder_start_token_id nor a bos_token_id, so "
+        "there is nothing for an answer to begin with"
+    )
 
 
 def _first(config: Any, *names: str) -> int:
@@ -264,6 +277,10 @@ def _available(device: str) -> torch.device:
 
 
 def _check_config(config: Any) -> None:
+    if config.is_encoder_decoder and config.model_type not in ENCODER_DECODERS:
+        raise ModelUnsupported(
+            f"{config.model_type}: of encoder-decoder models these families are served: {', '.join(ENCODER_DECODERS)}"
+        )
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     nested = [value for value in rope.values() if isinstance(value, dict)] or [rope]
     for parameters in nested:

@@ -58,8 +58,23 @@ def encode(tokenizer: Any, text: str, *, special_tokens: bool = True) -> list[in
 
 def encode_completion(tokenizer: Any, text: str) -> list[int]:
     """Encodes what follows a prompt: no special tokens in front, EOS at the end where there is one."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    return ended(tokenizer, ids)
+    return ended(tokenizer, encode_answer(tokenizer, text))
+
+
+def encode_answer(tokenizer: Any, text: str) -> list[int]:
+    """Encodes what a model is to write, without special tokens, with the pieces of that side.
+
+    Not for two threads at once where the sides differ: such a tokenizer is turned to the other side and back.
+    """
+    # of tokenizers with one set of pieces this would only change, in place, special tokens that are not asked for
+    side = {"text_target": text} if has_two_sides(tokenizer) else {"text": text}
+    ids: list[int] = tokenizer(**side, add_special_tokens=False, verbose=False).input_ids
+    return ids
+
+
+def has_two_sides(tokenizer: Any) -> bool:
+    """Whether answers are cut into other pieces than prompts are (Marian)."""
+    return hasattr(tokenizer, "spm_target")
 
 
 def ended(tokenizer: Any, ids: list[int]) -> list[int]:

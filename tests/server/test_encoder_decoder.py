@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -24,6 +26,7 @@ from server.engine import batch
 from server.engine.engine import Engine, choose_slots
 from server.engine.prefix_loader import PrefixLoader
 from server.scheduler.limits import Limits
+from tests import pieces
 from tests.models import CONTEXT, random_kvs, save_tiny, tiny_model
 from tests.parity.harness import Case
 from tests.parity.stacks import Prefix, alone
@@ -41,14 +44,20 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """A whole server, its model from a folder, and a prefix of all stacks that came by upload."""
     folder = tmp_path_factory.mktemp(request.param)
     frozen = models.load(save_tiny(request.param, folder / "tiny"))
+    with server_of(frozen, folder) as client:
+        upload(client, "all", native(frozen))
+        upload(client, "soft", artefacts.prompt(frozen, P))
+        yield client, frozen
+
+
+@contextmanager
+def server_of(frozen: FrozenModel, folder: Path) -> Iterator[httpx.Client]:
     store = Store.open(f"sqlite:///{folder}/store.db")
     limits = Limits(choose_slots(frozen, 8, 1 << 28), 8, 64, frozen.context_length, 64)
     loop = loops.running(Engine(frozen, limits))
     app = create_app(store, frozen, loop, PrefixLoader(store.prefixes, frozen, 1 << 24))
     with serving(app) as url, httpx.Client(base_url=url, timeout=60) as client:
-        upload(client, "all", native(frozen))
-        upload(client, "soft", artefacts.prompt(frozen, P))
-        yield client, frozen
+        yield client
     loop.stop()
 
 
@@ -202,3 +211,21 @@ def test_an_example_is_shown_as_training_reads_it(running: Running) -> None:
     assert shown["source"] == frozen.tokenizer(PROMPT).input_ids
     assert shown["tokens"][: len(frozen.start_ids) + len(answer)] == [*frozen.start_ids, *answer]
     assert shown["targets"][0] == len(frozen.start_ids)
+
+
+@pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses")
+def test_a_published_marian_answers_in_the_text_that_transformers_makes_of_its_ids(tmp_path: Path) -> None:
+    frozen = models.load(pieces.save_marian(tmp_path / "marian"))
+    tokenizer, drawn = frozen.tokenizer, {"prompt": "the king was", "max_tokens": 24, "logprobs": 1}
+    answers = set()
+    with server_of(frozen, tmp_path) as client:
+        for seed in range(4):
+            reply = generate(client, **drawn, temperature=1.5, seed=seed)
+            assert reply["text"] == tokenizer.decode(reply["logprobs"]["token_ids"], skip_special_tokens=True)
+            answers.add(reply["text"])
+        body = {"example": {"prompt": "the king was", "completion": "der König war"}}
+        (shown,) = client.post("/tokenize", json=body).json()["examples"]
+        assert generate(client, **drawn, temperature=0)["usage"]["prompt_tokens"] == len(shown["source"])
+    assert len(answers) == 4
+    assert shown["source"] == tokenizer("the king was").input_ids
+    assert shown["tokens"] == [*frozen.start_ids, *tokenizer(text_target="der König war").input_ids]

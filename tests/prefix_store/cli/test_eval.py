@@ -138,6 +138,42 @@ def test_an_unknown_prefix_is_never_the_bare_model(antefix: Antefix, tmp_path: P
         assert antefix("eval", name, "--data", data).exit_code == 1
 
 
+def translating(request: httpx.Request) -> httpx.Response:
+    """A server of an encoder-decoder model, which has no scores of a prompt."""
+    body = json.loads(request.content or b"{}")
+    if body.get("echo"):
+        return httpx.Response(400, json={"error": {"message": "echo: an encoder-decoder model's answer does not"}})
+    model = {"id": "m", "root": "m", "parent": None, "digest": "d"}
+    examples = [{"tokens": [9, 5], "targets": [1], "source": [3]}]
+    return httpx.Response(200, json={"data": [model], "text": "is red, very red", "examples": examples})
+
+
+def test_an_encoder_decoder_model_is_measured_by_its_answers(
+    antefix: Antefix, instead: Instead, tmp_path: Path
+) -> None:
+    instead(translating)
+    metrics = found(antefix, "--data", write(tmp_path / "d", PAIRS[:1]))["metrics"]
+    assert set(metrics) == {"bleu", "chrf", "rouge1", "rouge2", "rougeL"}
+    assert metrics["bleu"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    ("lines", "more", "said"),
+    [
+        (PAIRS, ["--metrics", "bleu,loss"], "has no loss here: no answer that it is given gets scores; ask for bleu,"),
+        (PAIRS[:1] + TEXTS, [], "example 2 is a text, which has no part for an encoder to read"),
+    ],
+)
+def test_the_loss_of_an_encoder_decoder_model_is_refused(
+    antefix: Antefix, instead: Instead, tmp_path: Path, lines: list[Any], more: list[str], said: str
+) -> None:
+    instead(translating)
+    result = antefix("eval", "--data", write(tmp_path / "d", lines), *more)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
 def flaky(reply: Callable[[httpx.Request], httpx.Response]) -> Callable[[httpx.Request], httpx.Response]:
     """A server that is full every other time."""
     full = iter([True, False] * 1000)

@@ -5,12 +5,24 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import NoBadWordsLogitsProcessor
+from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM, NoBadWordsLogitsProcessor
 
 from prefix_store.errors import ModelUnsupported
 from prefix_store.geometry import EncoderGeometry
-from prefix_store.model import frozen
-from tests.models import CONTEXT, ENCODER_DECODERS, EOS, FAMILIES, save_tiny, tiny_frozen, tiny_model
+from prefix_store.model import apply, frozen
+from server.engine.engine import Engine
+from server.scheduler.limits import Limits
+from tests.models import (
+    BOS,
+    CONTEXT,
+    ENCODER_DECODERS,
+    EOS,
+    FAMILIES,
+    save_tiny,
+    tiny_frozen,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 
 @pytest.fixture
@@ -130,3 +142,42 @@ def test_an_end_is_not_banned_as_a_bad_word_as_in_transformers(ends):
     model.model.generation_config.update(eos_token_id=ends, bad_words_ids=words)
     expected = NoBadWordsLogitsProcessor(words, ends)(torch.zeros(1, 1, dtype=torch.long), scores)
     assert model.banned_ids == set(expected[0].isinf().nonzero().flatten().tolist()) == {5, 9} - set(model.end_ids)
+
+
+def forget(folder, *names):
+    """Makes both of a folder's configs name none of these."""
+    for file in ("config.json", "generation_config.json"):
+        config = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(config | dict.fromkeys(names)))
+
+
+def test_an_answer_begins_with_bos_where_no_start_is_configured(tmp_path):
+    forget(save_tiny("bart", tmp_path), "decoder_start_token_id")
+    loaded = frozen.load(tmp_path)
+    answer = loaded.model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)
+    assert loaded.start_ids == (answer[0, 0].item(),) == (BOS,)
+
+
+def test_a_model_with_nothing_for_an_answer_to_begin_with_is_refused(tmp_path):
+    forget(save_tiny("bart", tmp_path), "decoder_start_token_id", "bos_token_id")
+    with pytest.raises(ModelUnsupported, match=r"bart: .* neither a decoder_start_token_id nor a bos_token_id"):
+        frozen.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["led", "m2m_100", "umt5", "longt5"])
+def test_an_encoder_decoder_model_of_another_make_is_refused_with_those_that_are_served(kind, tmp_path):
+    CONFIG_MAPPING[kind]().save_pretrained(tmp_path)
+    with pytest.raises(ModelUnsupported, match=f"^{kind}: .* families are served: bart, mbart, pegasus, marian, t5, "):
+        frozen.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in frozen.ENCODER_DECODERS if kind not in ENCODER_DECODERS])
+def test_a_family_that_is_served_takes_prefixes(kind, tmp_path):
+    """Those that no other test has a model of."""
+    config = tiny_model("t5" if kind == "mt5" else "bart").config.to_dict()
+    del config["model_type"], config["architectures"]
+    torch.manual_seed(0)
+    AutoModelForSeq2SeqLM.from_config(CONFIG_MAPPING[kind](**config)).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    Engine(frozen.load(tmp_path), Limits(256, 4, 16, 64, 4))  # which tests itself
+    assert apply.attach(frozen.load(tmp_path)).geometry.family == kind
