@@ -9,6 +9,7 @@ from typing import Any
 from prefix_store import layout, usage
 from prefix_store.backends.base import Transaction, View
 from prefix_store.errors import Conflict, LeaseLost
+from prefix_store.job_needs import Needs
 from prefix_store.jobs import JobError, JobEvent, JobStatus, TrainingJob
 
 FOLDERS = {JobStatus.QUEUED: "queued", JobStatus.RUNNING: "running"}
@@ -27,6 +28,12 @@ class JobRecord:
         """The key of its entry among those that wait or run; None when it does neither."""
         folder = FOLDERS.get(self.job.status)
         return layout.jobs(folder, self.job.tenant, self.number) if folder is not None else None
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What stands there: all that a claim asks of jobs that it does not take."""
+        job = self.job
+        return {"job": job.id, "at": job.created_at, "until": job.lease_until, **Needs.of(job.spec).to_json()}
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, as the store keeps it."""
@@ -71,9 +78,20 @@ def change(transaction: Transaction, record: JobRecord, **fields: Any) -> JobRec
 
 
 def release(
-    transaction: Transaction, record: JobRecord, status: JobStatus, error: JobError | None = None, **fields: Any
+    transaction: Transaction,
+    record: JobRecord,
+    status: JobStatus,
+    error: JobError | None = None,
+    *,
+    had_turn: bool = True,
+    **fields: Any,
 ) -> JobRecord:
-    """Ends a job, or puts it back among those that wait or rest, and returns it."""
+    """Ends a job, or puts it back among those that wait or rest, and returns it.
+
+    Of one that ran, its tenant has then had its turn, unless `had_turn` says otherwise.
+    """
+    if had_turn and record.job.status is JobStatus.RUNNING:
+        transaction.put(layout.turn(record.job.tenant), {"at": transaction.now})
     if status.is_final:
         fields |= {"finished_at": transaction.now, "checkpoint": None}
     else:
@@ -94,7 +112,7 @@ def _write(transaction: Transaction, record: JobRecord) -> None:
     job = record.job
     transaction.put(layout.job(job.id), record.to_json())
     if record.place is not None:
-        transaction.put(record.place, {"job": job.id, "at": job.created_at, "until": job.lease_until})
+        transaction.put(record.place, record.entry)
 
 
 def add_event(transaction: Transaction, record: JobRecord, kind: str, data: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ job/JOB                           a job
 jobs/TENANT/NUMBER                a tenant's jobs in the order they came
 queued/TENANT/NUMBER              those that wait
 running/TENANT/NUMBER             those that a worker holds, and until when
+turn/TENANT                       when a job of the tenant last stopped running, to which others then come first
 event/JOB/NUMBER                  a job's history
 tenant/TENANT                     a tenant and its quotas
 usage/TENANT                      what it has, counted
@@ -110,6 +111,11 @@ def job(job_id: str) -> str:
 def jobs(folder: str, tenant: str, number: int | None = None) -> str:
     """A job's entry in `jobs`, `queued` or `running`; without a number, the folder of the tenant's."""
     return f"{folder}/{tenant}/" + (f"{number:012d}" if number is not None else "")
+
+
+def turn(tenant: str) -> str:
+    """When the tenant last had its turn."""
+    return f"turn/{tenant}"
 
 
 def event(job_id: str, number: int | None = None) -> str:

@@ -15,7 +15,7 @@ from prefix_store.store import Store
 # the first part of every key that is copied
 FOLDERS = (
     "version", "name", "retired", "expiry", "shared", "tombstone", "blob", "file", "job", "jobs", "queued", "running",
-    "event", "tenant", "usage", "key", "once", "audit",
+    "turn", "event", "tenant", "usage", "key", "once", "audit",
 )  # fmt: skip
 BATCH = 200
 

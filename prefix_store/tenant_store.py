@@ -184,7 +184,7 @@ def _rest(backend: Backend, tenant: str) -> Iterator[str]:
             yield f"{folder}/{tenant}/{path}"
     yield from (f"audit/{key}" for key, data in walk(backend, "audit/") if data["tenant"] == tenant)
     with backend.view() as view:
-        own = [layout.usage(tenant), layout.tenant(tenant)]
+        own = [layout.usage(tenant), layout.tenant(tenant), layout.turn(tenant)]
         yield from (key for key, value in zip(own, view.get_many(own), strict=True) if value is not None)
 
 

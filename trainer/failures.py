@@ -8,8 +8,13 @@ from prefix_store.errors import AntefixError
 from prefix_store.jobs import JobError
 from prefix_store.model import shortage
 from trainer.job_run import NoImprovement
+from trainer.memory import TooLarge
 
-FAILURES: dict[type[Exception], str] = {FloatingPointError: "training_diverged", NoImprovement: "no_improvement"}
+FAILURES: dict[type[Exception], str] = {
+    FloatingPointError: "training_diverged",
+    NoImprovement: "no_improvement",
+    TooLarge: "out_of_memory",
+}
 OUT_OF_MEMORY = "a step took more memory than there is; a smaller batch_size or max_length takes less"
 
 

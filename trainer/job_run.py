@@ -7,15 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
-from prefix_store.errors import InvalidRequest, PayloadTooLarge, PrefixMismatch, StoreCorrupt, StoreUnavailable
+from prefix_store.errors import PayloadTooLarge, StoreCorrupt, StoreUnavailable
 from prefix_store.job_model import check_model
-from prefix_store.jobs import TrainingJob, TrainingSpec
+from prefix_store.jobs import TrainingJob
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import PrefixVersion
 from prefix_store.store import Store
 from trainer import data, memory, samples, source, teacher
 from trainer.data import Example
 from trainer.lease import Lease
+from trainer.methods import size
 from trainer.methods.base import NewMethod
 from trainer.methods.start import Start
 from trainer.progress import Meter, Progress, line, summary
@@ -24,6 +25,7 @@ from trainer.tuning import StateMismatch, Tuning, is_due, saved_source
 from trainer.validation import Validation
 
 LINES, POINTS = 10, 100  # a run: lines printed, points of its loss curve
+TURN_SECONDS = 60.0  # after which a run may make way for a tenant that has none; beginning takes seconds itself
 # So many times as long as saving took, a run goes on before it saves again.
 SAVING_SHARE = 20
 
@@ -36,7 +38,8 @@ class JobRun:
     """Trains under a lease, tells how it goes, and publishes.
 
     Somebody else takes the steps, perhaps with other runs: of the `tuning` while there is no `validation` under way,
-    else the slices of that; and says what came of them. `cost`: about how many bytes a step takes.
+    else the slices of that; and says what came of them. `cost`: about how many bytes it takes. `can_be_saved`: whether
+    nothing has been found to speak against it.
     """
 
     def __init__(
@@ -48,10 +51,12 @@ class JobRun:
         parts: data.TrainingData,
         say: Callable[[str], None],
         clock: Callable[[], float],
+        budget: int,
     ) -> None:
-        """Reads the checkpoint, if there is one.
+        """Reads the checkpoint, if there is one. `budget`: bytes that there are for all runs.
 
-        Raises PrefixMismatch, PrefixNotFound, InvalidRequest, ModelUnsupported, StoreUnavailable and StoreCorrupt.
+        Raises TooLarge, PrefixMismatch, PrefixNotFound, InvalidRequest, ModelUnsupported, StoreUnavailable and
+        StoreCorrupt.
         """
         self.lease = lease
         self._store, self._frozen, self._say, self._clock = store, frozen, say, clock
@@ -59,20 +64,30 @@ class JobRun:
         self._spec, self._valid = parts.spec, parts.valid
         saved = self._saved()
         start = self._start(saved, parts.train)
+        if (known := size.tuned(frozen, self._spec, start)) is not None:
+            memory.check_state(self._spec, known, budget)
         method = new_method(frozen, self._spec, start)
+        tuned = sum(parameter.numel() for parameter in method.parameters())
+        memory.check_state(self._spec, tuned, budget)
         origin = start if isinstance(start, dict) else None
         self.tuning = Tuning(method, parts.train, self._spec, validates=bool(parts.valid), source=origin)
         self._take_up(saved)
-        self.cost = memory.of_step(frozen, parts.train, self._spec.batch_size, self._spec.virtual_tokens)
-        self.is_suspect = self.job.lapses > 0
+        self.cost = memory.of_run(frozen, parts, tuned)
+        self.is_suspect, self.can_be_saved = self.job.lapses > 0, True
         self._meter = Meter(self.tuning, clock)
-        self._saved_step, self._saved_at, self._saving = self.tuning.step, clock(), 0.0
+        self._begun_at = clock()
+        self._saved_step, self._saved_at, self._saving = self.tuning.step, self._begun_at, 0.0
         self.validation = self._next_validation()
 
     @property
     def job(self) -> TrainingJob:
         """As it was when it was last claimed."""
         return self.lease.job
+
+    @property
+    def had_turn(self) -> bool:
+        """Whether it has been here for as long as nobody else may ask for its room."""
+        return self._clock() - self._begun_at >= TURN_SECONDS
 
     def stepped(self, loss: float) -> None:
         """After a step of the tuning. Raises LeaseLost."""
@@ -130,6 +145,7 @@ class JobRun:
         try:
             self._store.jobs.save_checkpoint(self.job, self.tuning.to_bytes(self._frozen.digest))
         except PayloadTooLarge as error:
+            self.can_be_saved = False
             self._tell(f"no checkpoint of step {self.tuning.step}: {error.message}")
         self._saved_step = self.tuning.step
         self.is_suspect, self._saving = False, self._clock() - begun
@@ -197,14 +213,15 @@ def begin(
     lease: Lease,
     say: Callable[[str], None],
     clock: Callable[[], float],
+    budget: int,
 ) -> Sliced[JobRun]:
-    """Makes a claimed job ready to train, a line of its examples at a time.
+    """Makes a claimed job, of one of these methods, ready to train, a line of its examples at a time.
 
-    Raises what JobRun does, InvalidTrainingData, ChatTemplateMissing and ContextLengthExceeded.
+    Raises what JobRun does, InvalidRequest where no such model can do it, InvalidTrainingData, ChatTemplateMissing and
+    ContextLengthExceeded.
     """
     spec = lease.job.spec
-    check_base(spec, frozen)
-    new_method = find(methods, spec.method)
+    check_model(spec.to_json(), frozen.geometry)
     rows = []
     for row in store.jobs.lines(lease.job):
         rows.append(row)
@@ -214,24 +231,4 @@ def begin(
         ask = partial(teacher.teaching, frozen, parts.spec.context, batch_size=parts.spec.batch_size)
         train, valid = (yield from ask(parts.train)), (yield from ask(parts.valid))
         parts = dataclasses.replace(parts, train=train, valid=valid)
-    return JobRun(store, frozen, new_method, lease, parts, say, clock)
-
-
-def check_base(spec: TrainingSpec, frozen: FrozenModel) -> None:
-    """Raises PrefixMismatch unless the job is for this model, or for whichever, InvalidRequest where that cannot be."""
-    check_model(spec.to_json(), frozen.geometry)
-    if spec.base_digest not in (None, frozen.digest):
-        raise PrefixMismatch(
-            f"the job was queued for another base model: expected {str(spec.base_digest)[:12]}…, "
-            f"this worker has {frozen.digest[:12]}…"
-        )
-
-
-def find(methods: Mapping[str, NewMethod], name: str) -> NewMethod:
-    """The method of that name. Raises InvalidRequest where the worker has none; the server may know of more."""
-    if name not in methods:
-        raise InvalidRequest(
-            f"this worker has no method {name!r}, only {', '.join(methods)}; ANTEFIX_METHODS gives it more",
-            param="method",
-        )
-    return methods[name]
+    return JobRun(store, frozen, methods[spec.method], lease, parts, say, clock, budget)

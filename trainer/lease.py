@@ -74,6 +74,12 @@ class Lease:
         with suppress(LeaseLost, StoreUnavailable):
             self._jobs.finish(self.job, JobStatus.QUEUED, None)
 
+    def make_way(self) -> None:
+        """The same, behind the other tenants that wait."""
+        self.handed_back = True
+        with suppress(LeaseLost, StoreUnavailable):
+            self._jobs.make_way(self.job)
+
 
 class Leases:
     """All that a worker holds: `with Leases(...) as leases` beats for each, every so many seconds."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 
 from prefix_store.errors import LeaseLost, StoreUnavailable
+from prefix_store.job_needs import Needs
 from prefix_store.jobs import JobError, JobStatus, TrainingJob
 from prefix_store.model import shortage
 from prefix_store.model.frozen import FrozenModel
@@ -21,11 +21,10 @@ from trainer.lease import LOST, Cancelled, Lease, Leases, Paused
 from trainer.methods import METHODS
 from trainer.methods.base import NewMethod
 from trainer.progress import say
+from trainer.room import Room
 from trainer.slices import Sliced
 from trainer.step import score, step
 
-# Jobs that share a step. Arithmetic is the limit long before; a step should not take seconds.
-MOST = 16
 ASK_SECONDS = 0.5  # how often a busy worker looks for more jobs
 # A job that begins is made ready between the steps of others, for so much of the time that a step takes; or while
 # nobody trains, for so many seconds before the worker looks up.
@@ -59,15 +58,14 @@ class Worker:
         self.name, self._store = name, store
         self._frozen = training_model.attach(frozen)
         self._methods = methods
-        self._budget = memory.free(frozen.device) if memory_bytes is None else memory_bytes
         self._lease_seconds, self._checkpoint_seconds = lease_seconds, checkpoint_seconds
         self._say, self._on_step, self._on_pack, self._on_end, self._clock = say, on_step, on_pack, on_end, clock
         self._stopping = threading.Event()
         self._leases = Leases(store, lease_seconds, heartbeat_seconds)
         self._runs: list[JobRun] = []
         self._ended, self._ask_at, self._took = 0, 0.0, 0.0  # `took`: seconds of the last step
-        self._wanted = 0  # bytes that the job which found no room needs
-        self._room = self._budget  # less than that once a step of several has run out of memory
+        self._room = Room(memory.free(frozen.device) if memory_bytes is None else memory_bytes, self._runs)
+        self._passed_by = 0  # jobs that waited for other workers when it was last said
         self._coming: tuple[Lease, Sliced[JobRun]] | None = None  # claimed, and not ready to train
 
     def run(self, poll_seconds: float = 0.5) -> None:
@@ -102,7 +100,7 @@ class Worker:
     @property
     def load(self) -> tuple[int, int, int]:
         """How many jobs train now, the bytes that a step of them takes, and how many it may take."""
-        return len(self._runs), self._used, self._room
+        return len(self._runs), self._room.used, self._room.limit
 
     def _turn(self) -> bool:
         """A step of every run that trains and a slice for every one that validates; False if there was nothing to do.
@@ -135,25 +133,24 @@ class Worker:
                 self._guard(run, partial(self._publish, run))
             elif run.wants_saving(self._checkpoint_seconds):
                 self._guard(run, partial(self._save, run))
-        while len(self._runs) > 1 and self._used > self._room:
-            self._wanted = self._runs[-1].cost
-            self._rest(self._runs[-1])
+        while (newest := self._room.too_many()) is not None:
+            self._rest(newest)
         return bool(active) or self._coming is not None or self._ended > ended
 
     def _apart(self, error: Exception) -> None:
         """Those that could not share a step for want of memory will not try again: the newest makes way."""
         if shortage.ran_out(error):
-            self._room = min(self._room, self._used - 1)
+            self._room.shrink()
 
     def _admit(self) -> None:
         if not self._runs:
-            self._room = self._budget
+            self._room.empty()
         until = self._clock() + (SHARE * self._took if self._runs else SLICE_SECONDS)
         if not self._is_ready(until) or (self._runs and self._clock() < self._ask_at):
             return
         try:
             self._make_room()
-            while self._has_room() and (job := self._store.jobs.claim(self.name, self._lease_seconds)) is not None:
+            while self._room.is_there and not self._stopping.is_set() and (job := self._claim()) is not None:
                 self._begin(job)
                 if not self._is_ready(until):
                     return
@@ -163,26 +160,24 @@ class Worker:
         self._ask_at = self._clock() + ASK_SECONDS
 
     def _make_room(self) -> None:
-        """Puts back the newest job of the tenant that has most here, where a tenant waits that has none.
-
-        It is saved, so nothing is lost but its turn: nobody fills a worker for hours.
-        """
-        here = Counter(run.job.tenant for run in self._runs)
-        if self._has_room() or self._stopping.is_set() or any(run.is_suspect for run in self._runs):
+        """A run makes way where a tenant waits that has none: saved, so that it loses nothing but its turn."""
+        if self._stopping.is_set() or (run := self._room.making_way(self._store.jobs, self._takes)) is None:
             return
-        (tenant, most), *_ = here.most_common(1)
-        if most > 1 and self._store.jobs.waiting() - here.keys():
-            self._rest([run for run in self._runs if run.job.tenant == tenant][-1])
+        with suppress(LeaseLost):  # it is told so before its next step
+            run.save()
+            if run.can_be_saved:
+                self._leave_run(run, run.lease.make_way)
 
-    def _has_room(self) -> bool:
-        if self._stopping.is_set() or not self._runs:
-            return not self._stopping.is_set()
-        is_trying = any(run.is_suspect for run in self._runs)
-        return len(self._runs) < MOST and not is_trying and self._used + self._wanted <= self._room
+    def _takes(self, needs: Needs) -> bool:
+        return needs.base_digest in (None, self._frozen.digest) and needs.method in self._methods
 
-    @property
-    def _used(self) -> int:
-        return sum(run.cost for run in self._runs)
+    def _claim(self) -> TrainingJob | None:
+        job = self._store.jobs.claim(self.name, self._lease_seconds, self._takes)
+        passed_by = self._store.jobs.passed_by
+        if job is None and passed_by != self._passed_by:
+            self._passed_by = passed_by
+            self._say(f"jobs that wait for a worker with another model or method: {passed_by}")
+        return job
 
     def _begin(self, job: TrainingJob) -> None:
         for run in self._runs:
@@ -194,7 +189,8 @@ class Worker:
             self._put_back(lease)
             return
         self._say(f"{job.id}: {job.tenant}/{job.name}, attempt {job.attempt}")
-        self._coming = lease, begin(self._store, self._frozen, self._methods, lease, self._say, self._clock)
+        budget = self._room.budget
+        self._coming = lease, begin(self._store, self._frozen, self._methods, lease, self._say, self._clock, budget)
 
     def _is_ready(self, until: float) -> bool:
         """Goes on with the job that is coming until a time, and at least by a slice; True once there is none."""
@@ -214,13 +210,11 @@ class Worker:
         return self._coming is None
 
     def _join(self, lease: Lease, run: JobRun) -> None:
-        self._coming, self._wanted = None, 0
-        if self._runs and self._used + run.cost > self._room:
-            # another worker may have the room; this one takes no other before, so that it comes to its turn
-            self._wanted = run.cost
-            self._put_back(lease)
-            return
-        self._runs.append(run)
+        self._coming = None
+        if self._room.fits(run.cost):
+            self._runs.append(run)
+        else:
+            self._put_back(lease)  # another worker may have the room
 
     def _take(self, run: JobRun, found: float | Exception, tell: Callable[[float], None]) -> None:
         def work() -> None:
@@ -293,7 +287,10 @@ class Worker:
     def _rest(self, run: JobRun) -> None:
         with suppress(LeaseLost, StoreUnavailable):
             run.save()
-        run.lease.hand_back()
+        self._leave_run(run, run.lease.hand_back)
+
+    def _leave_run(self, run: JobRun, hand_over: Callable[[], None]) -> None:
+        hand_over()
         self._runs.remove(run)
         self._say(f"{run.job.id}: handed back")
         self._end(run.lease, JobStatus.QUEUED)

@@ -13,7 +13,7 @@ from prefix_store.cli.terminal import clock, is_live, printable
 from prefix_store.jobs import JobStatus
 
 POLL_SECONDS = 0.5
-WAITS = "queued, waiting for a worker; if none runs, start one: antefix worker"
+WAITS = "queued, waiting for a worker of its model and method; if none runs, start one: antefix worker"
 SILENCE = 10  # seconds without a heartbeat, of which there is one in four, that are worth a word
 LINES = 10  # a run, where there is no bar
 FORMS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -97,12 +98,13 @@ def upload(store: Store, data: bytes, tenant: str = "acme", filename: str = "dat
         return store.files.save(tenant, filename, path, digest_of(data), **more)
 
 
-def enqueue(backend: Backend, *ids: str, tenant: str = "acme") -> None:
+def enqueue(backend: Backend, *ids: str, tenant: str = "acme", **options: Any) -> None:
     """Jobs under these ids, without their examples' file."""
+    spec = dataclasses.replace(SPEC, **options)
     for job_id in ids:
         backend.write(
             lambda transaction, job_id=job_id: job_records.add(
                 transaction,
-                TrainingJob(job_id, tenant, "support", SPEC, JobStatus.QUEUED, created_at=transaction.now),
+                TrainingJob(job_id, tenant, "support", spec, JobStatus.QUEUED, created_at=transaction.now),
             )
         )

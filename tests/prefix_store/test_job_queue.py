@@ -83,6 +83,144 @@ def test_a_tenant_whose_workers_are_gone_is_not_busy(backend, queue, clock):
     assert queue.claim("w", LEASE).id == "a1"
 
 
+# what a worker can take
+
+
+def of_model(base: str, *methods: str):
+    """What a worker takes that has this base model, and these methods."""
+    return lambda needs: needs.base_digest in (None, base * 64) and needs.method in methods
+
+
+A, B = of_model("a", "prefix", "prompt"), of_model("b", "prefix", "low_rank")
+
+
+def claimed(queue, takes, times=1):
+    """The ids of so many claims."""
+    jobs = [queue.claim("w", LEASE, takes) for _ in range(times)]
+    return [job.id if job is not None else None for job in jobs]
+
+
+def test_two_workers_of_two_models_each_take_what_is_for_them(backend, queue):
+    enqueue(backend, "a1", "a2", base_digest="a" * 64)
+    enqueue(backend, "b1", base_digest="b" * 64)
+    enqueue(backend, "any")
+    enqueue(backend, "rank", method="low_rank")
+    assert claimed(queue, B, 2) == ["b1", "any"]
+    assert claimed(queue, A, 3) == ["a1", "a2", None]
+    assert queue.passed_by == 1
+    assert claimed(queue, B, 2) == ["rank", None]
+    assert queue.passed_by == 0
+
+
+def test_a_job_that_nobody_takes_waits_and_keeps_nobody_else_waiting(backend, queue, clock):
+    enqueue(backend, "misfit", base_digest="c" * 64)
+    enqueue(backend, "mine")
+    enqueue(backend, "other", tenant="other", method="plugged")
+    clock.now += 1
+    assert queue.waiting(A) == {"acme"}
+    assert claimed(queue, A, 2) == ["mine", None]
+    assert (queue.passed_by, queue.waiting(A)) == (2, set())
+    assert {queue.job("acme", "misfit").status, queue.job("other", "other").status} == {JobStatus.QUEUED}
+
+
+def test_what_is_for_others_may_be_more_than_a_page(backend, queue, monkeypatch):
+    monkeypatch.setattr("prefix_store.job_queue.PAGE", 2)
+    for tenant in ("a", "b", "c"):
+        enqueue(backend, *(f"{tenant}{number}" for number in range(5)), tenant=tenant, base_digest="c" * 64)
+    enqueue(backend, "mine", "mine-too", tenant="b")
+    assert queue.waiting(A) == {"b"}
+    assert claimed(queue, A, 3) == ["mine", "mine-too", None]
+    assert queue.passed_by == 15
+
+
+def test_a_lapsed_job_is_tried_again_by_who_takes_it_and_ended_by_anybody(backend, queue, clock):
+    enqueue(backend, "again", "cancelled", "paused", base_digest="a" * 64)
+    claimed(queue, A, 3)
+    queue.request_cancel("acme", "cancelled")
+    queue.request_pause("acme", "paused")
+    clock.now += LEASE
+    assert claimed(queue, B) == [None]
+    found = [queue.job("acme", job_id).status for job_id in ("again", "cancelled", "paused")]
+    assert found == [JobStatus.RUNNING, JobStatus.CANCELLED, JobStatus.PAUSED]
+    for _ in range(MAX_ATTEMPTS - 1):
+        assert claimed(queue, A) == ["again"]
+        clock.now += LEASE
+    assert claimed(queue, B) == [None]
+    assert queue.job("acme", "again").error == LOST
+
+
+def test_entries_that_an_older_version_wrote_are_read_once_and_written_anew(backend, queue):
+    enqueue(backend, "a1", base_digest="a" * 64)
+    enqueue(backend, "b1", "b2", base_digest="b" * 64)
+
+    def age(transaction):
+        for key, entry in transaction.scan("queued/"):
+            transaction.put(f"queued/{key}", {name: entry[name] for name in ("job", "at", "until")})
+
+    backend.write(age)
+    assert queue.waiting(B) == {"acme"}
+    assert claimed(queue, A, 2) == ["a1", None]
+    with backend.view() as view:
+        assert [entry["base"] for _, entry in view.scan("queued/")] == ["b" * 64] * 2
+    assert claimed(queue, B, 2) == ["b1", "b2"]
+
+
+# turns
+
+
+def test_who_has_had_a_turn_comes_behind_who_waits(backend, queue, clock):
+    enqueue(backend, "a1", "a2", tenant="a")
+    clock.now += 1
+    enqueue(backend, "b1", tenant="b")
+    taken = []
+    for _ in range(4):
+        job = queue.claim("w", LEASE)
+        taken.append(job.id)
+        clock.now += 1
+        assert queue.make_way(job).attempt == 0
+    assert taken == ["a1", "b1", "a1", "b1"]
+
+
+def test_a_tenant_of_many_short_jobs_takes_turns_too(backend, queue, clock):
+    enqueue(backend, "a1", "a2", "a3", tenant="a")
+    clock.now += 1
+    enqueue(backend, "b1", "b2", tenant="b")
+    taken = []
+    for _ in range(5):
+        job = queue.claim("w", LEASE)
+        taken.append(job.id)
+        clock.now += 1
+        publish(backend, tenant=job.tenant, job=job)
+    assert taken == ["a1", "b1", "a2", "b2", "a3"]
+
+
+def test_who_comes_anew_is_behind_who_has_waited_for_another_turn(backend, queue, clock):
+    enqueue(backend, "a1", tenant="a")
+    queue.make_way(queue.claim("w", LEASE))
+    clock.now += 1
+    enqueue(backend, "b1", tenant="b")
+    assert queue.claim("w", LEASE).id == "a1"
+
+
+def test_a_job_that_makes_way_is_ended_where_its_owner_wants_that(backend, queue):
+    enqueue(backend, "ftjob-1")
+    job = queue.claim("w", LEASE)
+    queue.request_cancel("acme", "ftjob-1")
+    assert queue.make_way(job).status is JobStatus.CANCELLED
+    with pytest.raises(LeaseLost):
+        queue.make_way(job)
+
+
+def test_who_is_busy_is_counted_while_leases_hold(backend, queue, clock):
+    enqueue(backend, "a1", "a2", tenant="a")
+    enqueue(backend, "b1", tenant="b")
+    for _ in range(3):
+        queue.claim("w", LEASE)
+    assert queue.busy() == {"a": 2, "b": 1}
+    clock.now += LEASE
+    assert not queue.busy()
+
+
 def test_a_heartbeat_extends_the_lease_and_records_progress(backend, queue, clock):
     enqueue(backend, "ftjob-1")
     job = queue.claim("w", LEASE)

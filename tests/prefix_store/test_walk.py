@@ -62,6 +62,7 @@ class Walk:
             (2, lambda store: store.jobs.add_event(self._job(store, chosen), "message", {"n": number})),
             (2, lambda store: publish(store.backend, name, tenant, digest, self._job(store, chosen))),
             (2, lambda store: store.jobs.finish(self._job(store, chosen), status, None)),
+            (1, lambda store: store.jobs.make_way(self._job(store, chosen))),
             (1, lambda store: store.jobs.request_cancel(tenant, self._job(store, chosen).id)),
             (1, lambda store: store.jobs.request_pause(tenant, self._job(store, chosen).id)),
             (1, lambda store: store.jobs.resume(tenant, self._job(store, chosen).id)),

@@ -6,6 +6,7 @@ import torch
 from prefix_store.errors import PrefixMismatch
 from trainer.failures import explain
 from trainer.job_run import NoImprovement
+from trainer.memory import TooLarge
 
 
 @pytest.mark.parametrize(
@@ -14,6 +15,7 @@ from trainer.job_run import NoImprovement
         (PrefixMismatch("of another size"), "prefix_mismatch", "of another size"),
         (FloatingPointError("became nan"), "training_diverged", "became nan"),
         (NoImprovement("no better"), "no_improvement", "no better"),
+        (TooLarge("takes 9 MB"), "out_of_memory", "takes 9 MB"),
         (torch.OutOfMemoryError("CUDA"), "out_of_memory", "a smaller batch_size or max_length takes less (CUDA)"),
         (MemoryError(), "out_of_memory", "takes less (MemoryError)"),
         (RuntimeError("DefaultCPUAllocator: can't"), "out_of_memory", "takes less (DefaultCPUAllocator: can't)"),

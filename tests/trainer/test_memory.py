@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
+from prefix_store.jobs import TrainingSpec
 from prefix_store.model import apply
+from prefix_store.model.example import TopTokens
 from prefix_store.model.rows import PrefixRows, Rows, StackRows
 from prefix_store.prefix import Window
 from tests.models import ENCODER_DECODERS, FAMILIES, random_kv, random_kvs, tiny_frozen
 from trainer import forward, memory, objective
-from trainer.data import Example
+from trainer.data import Example, TrainingData
 from trainer.forward import Group
+from trainer.memory import TooLarge
 
 
 def kept(frozen, examples: list[Example], virtual_tokens: int) -> int:
@@ -66,6 +70,39 @@ def test_the_longest_examples_count():
     short, long = Example((0,) * 5, 1), Example((0,) * 50, 1)
     assert memory.of_step(frozen, [short, long], 2, 4) == memory.of_step(frozen, [long], 2, 4)
     assert memory.of_step(frozen, [long], 2, 4) > 8 * memory.of_step(frozen, [short], 2, 4)
+
+
+SPEC = TrainingSpec("0" * 64, 3, virtual_tokens=4, batch_size=8)
+
+
+def of_run(train: list[Example], valid: list[Example] = [], tuned: int = 0, **options) -> int:  # noqa: B006
+    spec = dataclasses.replace(SPEC, **options)
+    return memory.of_run(tiny_frozen("llama"), TrainingData(train, valid, spec), tuned)
+
+
+def test_a_batch_is_no_larger_than_there_are_examples():
+    some = [Example((0,) * 20, 1)] * 3
+    assert of_run(some) == of_run(some, batch_size=3) > of_run(some, batch_size=2)
+
+
+def test_a_run_keeps_what_its_method_tunes_and_what_a_teacher_said():
+    some, ids = [Example((0,) * 20, 1)], torch.zeros(19, 20)
+    taught = [dataclasses.replace(some[0], teacher=TopTokens(ids.int(), ids.half()))]
+    assert of_run(some, tuned=1000) - of_run(some) == 1000 * memory.STATE * 4
+    assert of_run(taught, taught) - of_run(some, some) == 2 * 19 * 120
+
+
+def test_a_validation_counts_where_it_takes_more_than_a_step():
+    short, long = [Example((0,) * 5, 1)], [Example((0,) * 100, 1)]
+    assert of_run(long, short) == of_run(long) > of_run(short, long) > of_run(short)
+
+
+def test_what_is_more_than_there_is_says_what_takes_less():
+    memory.check_state(SPEC, 1 << 20, 64 << 20)
+    with pytest.raises(TooLarge, match=r"tunes 1,048,577 numbers .* 65 MB, .* 64 MB .*; a smaller virtual_tokens or"):
+        memory.check_state(SPEC, (1 << 20) + 1, 64 << 20)
+    with pytest.raises(TooLarge, match="MB for training; another method takes less"):
+        memory.check_state(dataclasses.replace(SPEC, method="prefix_plus", virtual_tokens=0), 1 << 20, 1 << 20)
 
 
 def test_what_is_free_is_a_share_of_what_the_machine_has():

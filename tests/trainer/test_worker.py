@@ -27,7 +27,8 @@ from prefix_store.prefix import Method, PrefixRef, Window
 from prefix_store.store import Store
 from tests.models import CONTEXT, save_tiny, tiny_frozen
 from trainer import data, forward, memory
-from trainer.job_run import JobRun
+from trainer.job_run import TURN_SECONDS, JobRun
+from trainer.methods import METHODS, size
 from trainer.worker import SHARE, Worker
 
 TENANT, NAME = "acme", "numbers"
@@ -130,13 +131,35 @@ def test_a_prefix_is_trained_in_its_template_and_carries_it(store):
     assert not torch.equal(kv[0], kv[2])
 
 
-def test_a_method_that_the_worker_lacks_fails_the_job(store):
-    job = store.jobs.submit(TENANT, NAME, EXAMPLES, {**QUICK, "method": "low_rank"}, methods=["low_rank"])
-    make_worker(store).run_until_empty()
-    failed = now(store, job)
-    assert (failed.status, versions(store)) == (JobStatus.FAILED, 0)
-    assert failed.error is not None
-    assert failed.error.message.startswith("this worker has no method 'low_rank', only prefix, ")
+def test_jobs_for_another_model_or_method_wait_for_the_worker_that_has_it(store):
+    other = apply.attach(tiny_frozen("gpt2"))
+    rank = store.jobs.submit(TENANT, "rank", EXAMPLES, {**QUICK, "method": "low_rank"}, methods=["low_rank"])
+    theirs = submit(store, name="theirs", base_digest=other.digest)
+    ours = submit(store, name="ours", base_digest=FROZEN.digest)
+    lines: list[str] = []
+    assert make_worker(store, say=lines.append).run_until_empty() == 1
+    assert [now(store, job).status for job in (rank, theirs, ours)] == ["queued", "queued", "succeeded"]
+    assert lines.count("jobs that wait for a worker with another model or method: 2") == 1
+    methods = {**METHODS, "low_rank": METHODS["prefix"]}
+    assert Worker(store, other, "w2", methods=methods, say=lines.append).run_until_empty() == 2
+    assert [now(store, job).status for job in (rank, theirs)] == ["succeeded", "succeeded"]
+
+
+def test_an_idle_worker_says_once_what_waits_for_others(store, monkeypatch):
+    job, lines, looks, claim = submit(store, base_digest="0" * 64), [], [], store.jobs.claim
+
+    def look(*given: Any) -> TrainingJob | None:
+        looks.append(1)
+        if len(looks) == 4:
+            store.jobs.request_cancel(TENANT, job.id)
+        if len(looks) == 8:
+            worker.stop()
+        return claim(*given)
+
+    monkeypatch.setattr(store.jobs, "claim", look)
+    worker = make_worker(store, say=lines.append)
+    worker.run(poll_seconds=0.01)
+    assert lines == [f"jobs that wait for a worker with another model or method: {count}" for count in (1, 0)]
 
 
 def test_a_job_tells_how_it_goes(store):
@@ -236,7 +259,7 @@ def test_a_cancelled_job_is_not_begun(store):
     [
         ({"virtual_tokens": CONTEXT - 1}, "context_length_exceeded", "no room"),
         ({"init_text": ""}, "invalid_request", "no tokens"),
-        ({"base_digest": "0" * 64}, "prefix_mismatch", "queued for another base model"),
+        ({"stacks": ["encoder"]}, "invalid_request", "a model without an encoder has only self"),
     ],
 )
 def test_a_job_that_cannot_be_run_fails_with_a_reason(store, options, code, words):
@@ -378,9 +401,9 @@ def test_a_job_claimed_while_stopping_goes_straight_back(store, monkeypatch):
     job, worker = submit(store), make_worker(store)
     claim = store.jobs.claim
 
-    def claim_late(name: str, seconds: float) -> TrainingJob | None:
+    def claim_late(*given: Any) -> TrainingJob | None:
         worker.stop()
-        return claim(name, seconds)
+        return claim(*given)
 
     monkeypatch.setattr(store.jobs, "claim", claim_late)
     worker.run()
@@ -391,10 +414,10 @@ def test_an_idle_worker_waits_for_jobs_and_for_the_store(store, monkeypatch):
     ends, lines, claim = [], [], store.jobs.claim
     failures = iter([StoreUnavailable("away")])
 
-    def claim_at_second_try(name: str, seconds: float) -> TrainingJob | None:
+    def claim_at_second_try(*given: Any) -> TrainingJob | None:
         for error in failures:
             raise error
-        return claim(name, seconds)
+        return claim(*given)
 
     monkeypatch.setattr(store.jobs, "claim", claim_at_second_try)
 
@@ -547,8 +570,10 @@ def test_who_validates_keeps_nobody_waiting(store):
 def cost(**options) -> int:
     """What a job of ours takes in memory, by the worker's estimate."""
     spec = TrainingSpec("0" * 64, len(EXAMPLES), **{**QUICK, **options})
-    examples = data.tokenize(FROZEN.tokenizer, EXAMPLES, spec.max_length)
-    return memory.of_step(FROZEN, examples, spec.batch_size, spec.virtual_tokens)
+    parts = data.prepare(FROZEN, spec, EXAMPLES)
+    tuned = size.tuned(FROZEN, spec, ())
+    assert tuned is not None
+    return memory.of_run(FROZEN, parts, tuned)
 
 
 def test_memory_bounds_who_shares_a_step_and_nobody_is_passed_for_ever(store, monkeypatch):
@@ -576,6 +601,68 @@ def test_in_a_full_worker_who_has_several_makes_way_for_who_has_none(store, monk
     assert order[:3] == [{"a", "b"}, {"a", "late"}, {"a", "b"}]
     assert torch.equal(kept(store, "b"), kept(store, "whole"))
     assert store.jobs.job_counts()[JobStatus.SUCCEEDED] == 4
+
+
+def turns(store: Store, also: Callable[[], object], lines: list[str]) -> list[tuple[str, int]]:
+    """Who trained in turn, and for how many steps of ten seconds, in a worker that has room for one job of ours."""
+    time_now = [0.0]
+
+    def on_step() -> None:
+        time_now[0] += 10.0
+        also()
+
+    options = {"memory_bytes": cost(), "clock": lambda: time_now[0], "say": lines.append}
+    worker, together = watched(store, on_step, **options)
+    worker.run_until_empty()
+    return [(names, len(list(steps))) for names, steps in groupby(name for (name,) in together)]
+
+
+def test_a_tenants_only_job_makes_way_once_it_has_had_its_turn_and_turns_alternate(store, monkeypatch):
+    monkeypatch.setattr("trainer.worker.ASK_SECONDS", 0.0)
+    submit(store, name="whole", steps=20)
+    make_worker(store).run_until_empty()
+    submit(store, name="first", steps=20)
+    late = at_step(1, lambda: store.jobs.submit("other", "late", EXAMPLES, {**QUICK, "steps": 15}))
+    found = turns(store, late, [])
+    assert found == [("first", 6), ("late", 6), ("first", 6), ("late", 6), ("first", 6), ("late", 3), ("first", 2)]
+    assert TURN_SECONDS == 60.0
+    assert torch.equal(kept(store, "first"), kept(store, "whole"))
+
+
+def several_of_mine(store: Store) -> None:
+    submit(store, name="late")
+
+
+def for_another_model(store: Store) -> None:
+    store.jobs.submit("other", "misfit", EXAMPLES, {**QUICK, "base_digest": "0" * 64})
+
+
+def of_who_trains_elsewhere(store: Store) -> None:
+    """Whose job would be behind the one that made way."""
+    store.jobs.submit("other", "elsewhere", EXAMPLES, QUICK)
+    assert store.jobs.claim("w2", 60.0).name == "elsewhere"
+    store.jobs.submit("other", "late", EXAMPLES, QUICK)
+
+
+@pytest.mark.parametrize("wait", [lambda store: None, several_of_mine, for_another_model, of_who_trains_elsewhere])
+def test_nobody_makes_way_for_nobody(store, monkeypatch, wait):
+    monkeypatch.setattr("trainer.worker.ASK_SECONDS", 0.0)
+    submit(store, name="first", steps=20)
+    lines: list[str] = []
+    found = turns(store, at_step(1, lambda: wait(store)), lines)
+    assert found[0] == ("first", 20)
+    assert not any("first" not in line and line.endswith("handed back") for line in lines)
+
+
+def test_a_job_that_cannot_be_saved_makes_no_way_for_it_would_lose_all(store, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise PayloadTooLarge("at most 256 MB")
+
+    monkeypatch.setattr("trainer.worker.ASK_SECONDS", 0.0)
+    monkeypatch.setattr(store.jobs, "save_checkpoint", refuse)
+    submit(store, name="first", steps=20)
+    late = at_step(1, lambda: store.jobs.submit("other", "late", EXAMPLES, QUICK))
+    assert turns(store, late, []) == [("first", 20), ("late", 10)]
 
 
 @pytest.mark.parametrize("share", [SHARE, 1e9])
@@ -678,12 +765,38 @@ def test_jobs_that_run_out_of_memory_alone_fail_with_what_to_do(store, monkeypat
     assert asked == [3, 1, 1, 1]
 
 
+def never(*_: Any) -> Any:
+    raise AssertionError("nothing of it is to be made")
+
+
+def test_a_job_that_keeps_more_than_there_is_fails_before_it_takes_it(store):
+    jobs = [submit(store, method=name, bottleneck=8192) for name in ("prefix_mlp", "prompt_lstm")]
+    methods = {"prefix_mlp": never, "prompt_lstm": never}
+    make_worker(store, methods=methods, memory_bytes=20 << 20).run_until_empty()
+    for job in jobs:
+        error = now(store, job).error
+        assert error.code == "out_of_memory"
+        assert re.fullmatch(
+            r"method \w+ tunes [\d,]+ numbers here, which with their gradient and optimiser take [\d,]+ MB, and this "
+            r"worker has 20 MB for training; "
+            r"a smaller bottleneck or a smaller virtual_tokens or another method takes less",
+            error.message,
+        )
+
+
+def test_so_does_one_of_a_method_whose_size_only_shows_when_it_is_made(store):
+    options = {**QUICK, "method": "plugged", "bottleneck": 8192}
+    job = store.jobs.submit(TENANT, NAME, EXAMPLES, options, methods=["plugged"])
+    make_worker(store, methods={"plugged": METHODS["prefix_mlp"]}, memory_bytes=20 << 20).run_until_empty()
+    assert now(store, job).error.code == "out_of_memory"
+
+
 def test_one_that_fails_is_alone_in_it(store):
-    """Diverged, cancelled, paused, taken away, for another model: each beside a job that must not notice."""
+    """Diverged, cancelled, paused, taken away, impossible: each beside a job that must not notice."""
     submit(store, name="alone")
     make_worker(store).run_until_empty()
     jobs = {name: submit(store, name=name) for name in ("good", "nan", "cancelled", "paused", "taken")}
-    jobs["misfit"] = submit(store, name="misfit", base_digest="0" * 64)
+    jobs["misfit"] = submit(store, name="misfit", stacks=["encoder"])
 
     def strike() -> None:
         run = {run.job.name: run for run in worker._runs}
@@ -701,7 +814,7 @@ def test_one_that_fails_is_alone_in_it(store):
         "good": "succeeded", "nan": "failed", "cancelled": "cancelled", "paused": "paused", "taken": "paused",
         "misfit": "failed",
     }  # fmt: skip
-    assert (found["nan"].error.code, found["misfit"].error.code) == ("training_diverged", "prefix_mismatch")
+    assert (found["nan"].error.code, found["misfit"].error.code) == ("training_diverged", "invalid_request")
     assert sorted(ends) == ["cancelled", "failed", "failed", "lost", "paused", "succeeded"]
     torch.testing.assert_close(kept(store, "good"), kept(store, "alone"), atol=1e-5, rtol=0)
 

@@ -59,6 +59,15 @@ class Encoder:
         return result
 
 
+def size(body: Callable[[], torch.nn.Module], virtual_tokens: int, width: int, numbers: int) -> int:
+    """How many numbers an Encoder to `[virtual_tokens, numbers]` tunes, none of which is made."""
+    with torch.device("meta"):
+        embeddings, first = torch.empty(virtual_tokens, width), body()
+        features: int = first(embeddings).shape[1]
+    weights = sum(weight.numel() for weight in first.parameters())
+    return embeddings.numel() + weights + (features + 1) * numbers
+
+
 @torch.no_grad()
 def _fit(network: torch.nn.Sequential, embeddings: torch.Tensor, target: torch.Tensor, spread: torch.Tensor) -> None:
     """The least change of the last layer's weights for which the squared error of the output is least."""

@@ -39,5 +39,10 @@ class DirectKV(KVMethod):
 
 def split_sink(kv: torch.Tensor, spec: TrainingSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """KV `[L, 2, Hkv, P, D]` as the first tokens, which are kept, and the others, which are tuned: one at least."""
-    kept = min(spec.frozen_tokens, spec.virtual_tokens - 1)
+    kept = spec.virtual_tokens - tuned_tokens(spec)
     return kv[:, :, :, :kept], kv[:, :, :, kept:]
+
+
+def tuned_tokens(spec: TrainingSpec) -> int:
+    """How many of a job's virtual tokens are tuned."""
+    return max(1, spec.virtual_tokens - spec.frozen_tokens)

@@ -26,12 +26,17 @@ class MLPPrefix(KVMethod):
         width, middle = tuned.shape[2] * tuned.shape[4], spec.bottleneck
         spread = tuned.std(dim=(2, 3, 4))[:, :, None].expand(-1, -1, width)  # [L, 2, Hkv * D]
         self.encoder = Encoder(
-            lambda: torch.nn.Sequential(torch.nn.Linear(width, middle), torch.nn.Tanh()),
+            lambda: self.body(width, middle),
             width,
             target=tuned.permute(3, 0, 1, 2, 4).flatten(1),
             spread=spread.flatten(),
             seed=spec.seed,
         )
+
+    @staticmethod
+    def body(width: int, middle: int) -> torch.nn.Module:
+        """All of the MLP but its last layer."""
+        return torch.nn.Sequential(torch.nn.Linear(width, middle), torch.nn.Tanh())
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """E `[P - 1, Hkv * D]`, W1, b1, W2 `[L * 2 * Hkv * D, bottleneck]` and b2, as distances from their start."""

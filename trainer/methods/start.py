@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, cycle, islice
 from typing import Any
 
@@ -53,11 +53,18 @@ def initial_kvs(frozen: FrozenModel, spec: TrainingSpec, start: Start) -> dict[S
 
     Those of a text are what the encoder makes of it, and the decoder, having read that, of writing it.
     """
+    asked = asked_stacks(spec, start)
     if isinstance(start, dict):
-        asked = spec.stacks or [stack for stack in Stack if STACKS[stack] in start] or [Stack.SELF]
         return {stack: tensor_of(frozen, spec, start, STACKS[stack]) for stack in asked}
     found = both.prefill(frozen, initial_ids(frozen.tokenizer, spec, start))
-    return {stack: found[stack] for stack in spec.stacks or Stack}
+    return {stack: found[stack] for stack in asked}
+
+
+def asked_stacks(spec: TrainingSpec, start: Start) -> Sequence[Stack]:
+    """Those of an encoder-decoder model that the job asks for: where it names none, its start's, else all."""
+    if spec.stacks or not isinstance(start, dict):
+        return spec.stacks or tuple(Stack)
+    return [stack for stack in Stack if STACKS[stack] in start] or [Stack.SELF]
 
 
 def initial_embeds(frozen: FrozenModel, spec: TrainingSpec, start: Start) -> torch.Tensor:
