@@ -6,9 +6,10 @@ import hashlib
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save, save_file
 
-from prefix_store.errors import InvalidPrefix
+from prefix_store.errors import InvalidPrefix, StoreUnavailable
 from prefix_store.prefix import PrefixManifest
 from prefix_store.safetensors_file import MAX_HEADER, Header, read_header, read_tensors, strict_json
 from prefix_store.tensors import PrefixTensors, check_shapes, validate
@@ -24,8 +25,15 @@ def encode(manifest: PrefixManifest, tensors: PrefixTensors) -> bytes:
 
 
 def write(manifest: PrefixManifest, tensors: PrefixTensors, path: Path) -> None:
-    """Writes the bytes of `encode` without having them in memory. Raises InvalidPrefix as it does."""
-    save_file(_plain(tensors), path, _metadata(manifest, tensors))
+    """Writes the bytes of `encode` without having them in memory.
+
+    Raises InvalidPrefix as it does, StoreUnavailable for what a disk fails with.
+    """
+    metadata = _metadata(manifest, tensors)
+    try:
+        save_file(_plain(tensors), path, metadata)
+    except SafetensorError as error:
+        raise StoreUnavailable(f"the prefix cannot be written: {error}") from error
     with path.open("rb") as file:
         _check_header(file.read(8))
 

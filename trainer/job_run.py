@@ -13,13 +13,14 @@ from prefix_store.jobs import TrainingJob
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.prefix import PrefixVersion
 from prefix_store.store import Store
-from trainer import data, memory, samples, source, teacher
+from trainer import data, memory, source, teacher
 from trainer.data import Example
 from trainer.lease import Lease
 from trainer.methods import size
 from trainer.methods.base import NewMethod
 from trainer.methods.start import Start
 from trainer.progress import Meter, Progress, line, summary
+from trainer.publication import Publication
 from trainer.slices import Sliced
 from trainer.tuning import StateMismatch, Tuning, is_due, saved_source
 from trainer.validation import Validation
@@ -38,7 +39,7 @@ class JobRun:
     """Trains under a lease, tells how it goes, and publishes.
 
     Somebody else takes the steps, perhaps with other runs: of the `tuning` while there is no `validation` under way,
-    else the slices of that; and says what came of them. `cost`: about how many bytes it takes. `can_be_saved`: whether
+    else the slices of that; says what came of them, and has it `publish` once it `is_trained`. `can_be_saved`: whether
     nothing has been found to speak against it.
     """
 
@@ -72,12 +73,13 @@ class JobRun:
         origin = start if isinstance(start, dict) else None
         self.tuning = Tuning(method, parts.train, self._spec, validates=bool(parts.valid), source=origin)
         self._take_up(saved)
-        self.cost = memory.of_run(frozen, parts, tuned)
+        self._cost = memory.of_run(frozen, parts, tuned)
         self.is_suspect, self.can_be_saved = self.job.lapses > 0, True
         self._meter = Meter(self.tuning, clock)
         self._begun_at = clock()
         self._saved_step, self._saved_at, self._saving = self.tuning.step, self._begun_at, 0.0
         self.validation = self._next_validation()
+        self._publication: Publication | None = None
 
     @property
     def job(self) -> TrainingJob:
@@ -89,16 +91,17 @@ class JobRun:
         """Whether it has been here for as long as nobody else may ask for its room."""
         return self._clock() - self._begun_at >= TURN_SECONDS
 
-    def stepped(self, loss: float) -> None:
-        """After a step of the tuning. Raises LeaseLost."""
+    def stepped(self, found: float | Exception) -> None:
+        """After a step of the tuning: its loss, or what ended it, which is raised. Raises LeaseLost."""
+        loss = _number(found)
         self.validation = self._next_validation()
         if self.validation is None:
             self._hear(self._meter.progress(loss, None))
 
-    def scored(self, nats: float) -> None:
-        """After a slice of the validation. Raises LeaseLost, FloatingPointError."""
+    def scored(self, found: float | Exception) -> None:
+        """After a slice of the validation: its nats, or what ended it. Raises that, LeaseLost, FloatingPointError."""
         assert self.validation is not None
-        self.validation.add(nats)
+        self.validation.add(_number(found))
         if not self.validation.done:
             return
         loss = self.validation.loss
@@ -110,11 +113,38 @@ class JobRun:
                 self._hear(self._meter.progress(self.tuning.loss, loss))
         self.validation = self._next_validation()
 
-    def publish(self) -> PrefixVersion:
-        """Saves the prefix as the next version of its name.
+    @property
+    def is_trained(self) -> bool:
+        """Whether nothing is left but to `publish`."""
+        return self.tuning.done and self.validation is None
 
-        Raises NoImprovement, LeaseLost, QuotaExceeded and StoreUnavailable.
+    @property
+    def cost(self) -> int:
+        """About how many bytes a step takes; none once there are no more."""
+        return 0 if self.is_trained else self._cost
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is trained, and the store is not to be tried yet."""
+        return self._publication is not None and self._publication.waits
+
+    def publish(self, until: float) -> PrefixVersion | None:
+        """Goes on until a time, and at least by a slice, with what ends in the next version of the prefix's name.
+
+        None while it is not there yet: the samples are not made, or the store cannot take it. Raises NoImprovement,
+        LeaseLost and QuotaExceeded.
         """
+        if self._publication is None:
+            self._publication = self._new_publication()
+        publication = self._publication
+        if publication.samples is None:
+            if not publication.show(until):
+                return None
+            self._add_event("samples", {"samples": publication.samples})
+            self.is_suspect = False  # nothing is left that could take others with it
+        return publication.save(self.job)
+
+    def _new_publication(self) -> Publication:
         result = self.tuning.result()
         self.lease.beat()  # where it ended, if that was early
         self._tell(summary(result), kept={"step": result.step, "valid_loss": result.valid_loss})
@@ -124,11 +154,9 @@ class JobRun:
                 f"started from and {result.bare_loss:.4f} with none, so it is not published; "
                 "publish_anyway publishes it all the same"
             )
-        job, by = self.job, f"worker {self.job.worker}"
         manifest = dataclasses.replace(self.tuning.method.manifest(), template=self._spec.template)
-        shown = samples.make(self._frozen, manifest, result.tensors, self._valid, self.lease.check)
-        self._add_event("samples", {"samples": shown})
-        return self._store.prefixes.save(job.tenant, job.name, manifest, result.tensors, job=job, by=by)
+        parts = self._store, self._frozen, manifest, result.tensors, self._valid
+        return Publication(*parts, self._tell, self._clock)
 
     def wants_saving(self, seconds: float) -> bool:
         """Whether it is time for a checkpoint, of which there is one in so many seconds, fewer if they are dear."""
@@ -204,6 +232,12 @@ class JobRun:
         # a gap in the history is no reason to end a run
         with suppress(StoreUnavailable):
             self._store.jobs.add_event(self.job, kind, content)
+
+
+def _number(found: float | Exception) -> float:
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def begin(

@@ -25,24 +25,28 @@ class Room:
         self._wanted = 0  # bytes that the job which found no room needs
 
     @property
+    def _training(self) -> list[JobRun]:
+        """Those that take any; who is trained, and only waits for the store, is in nobody's way."""
+        return [run for run in self._runs if run.cost]
+
+    @property
     def used(self) -> int:
         """Bytes that the runs take, about."""
-        return sum(run.cost for run in self._runs)
+        return sum(run.cost for run in self._training)
 
     @property
     def is_there(self) -> bool:
         """Whether one more may be claimed: none while one is tried alone, or into the room that is kept for another."""
-        if not self._runs:
-            return True
-        is_trying = any(run.is_suspect for run in self._runs)
-        return len(self._runs) < MOST and not is_trying and self.used + self._wanted <= self.limit
+        if any(run.is_suspect for run in self._runs):
+            return False
+        return not self._training or (len(self._training) < MOST and self.used + self._wanted <= self.limit)
 
     def fits(self, cost: int) -> bool:
         """Whether a run that is ready may join; one that is alone is always tried.
 
         For one that may not, its room is kept: no other is claimed before, so that it comes to its turn.
         """
-        fits = not self._runs or self.used + cost <= self.limit
+        fits = not self._training or self.used + cost <= self.limit
         self._wanted = 0 if fits else cost
         return fits
 
@@ -56,10 +60,10 @@ class Room:
 
     def too_many(self) -> JobRun | None:
         """The newest of runs that take more than there is; the room that it needs is kept for it."""
-        if len(self._runs) < 2 or self.used <= self.limit:
+        if len(self._training) < 2 or self.used <= self.limit:
             return None
-        self._wanted = self._runs[-1].cost
-        return self._runs[-1]
+        self._wanted = self._training[-1].cost
+        return self._training[-1]
 
     def making_way(self, jobs: JobQueue, takes: Takes) -> JobRun | None:
         """The run that goes back into the queue, as there is no room and a tenant waits that has none here.
@@ -69,10 +73,10 @@ class Room:
         """
         if self.is_there or any(run.is_suspect for run in self._runs):
             return None
-        here = Counter(run.job.tenant for run in self._runs)
-        several = [run for run in self._runs[::-1] if here[run.job.tenant] > 1]
+        here = Counter(run.job.tenant for run in self._training)
+        several = [run for run in self._training[::-1] if here[run.job.tenant] > 1]
         several.sort(key=lambda run: -here[run.job.tenant])
-        others = [run for run in self._runs if here[run.job.tenant] == 1 and run.had_turn]
+        others = [run for run in self._training if here[run.job.tenant] == 1 and run.had_turn]
         able = [run for run in several + others if run.can_be_saved]
         if not able or not (waiting := jobs.waiting(takes) - here.keys()):
             return None

@@ -26,8 +26,8 @@ from trainer.slices import Sliced
 from trainer.step import score, step
 
 ASK_SECONDS = 0.5  # how often a busy worker looks for more jobs
-# A job that begins is made ready between the steps of others, for so much of the time that a step takes; or while
-# nobody trains, for so many seconds before the worker looks up.
+# A job that begins is made ready between the steps of others, and one that is trained is published, each for so much of
+# the time that a step takes; or while nobody trains, for so many seconds before the worker looks up.
 SHARE, SLICE_SECONDS = 0.5, 0.5
 
 
@@ -84,8 +84,12 @@ class Worker:
     def run_until_empty(self) -> int:
         """Works until nothing is left to claim and returns how many jobs were run. Once only."""
         with self._leases:
-            while not self._stopping.is_set() and self._turn():
-                pass
+            while not self._stopping.is_set():
+                if self._turn():
+                    continue
+                if not self._runs:
+                    break
+                self._stopping.wait(ASK_SECONDS)  # for the store, which is to take what is trained
             self._leave()
         return self._ended
 
@@ -103,7 +107,7 @@ class Worker:
         return len(self._runs), self._room.used, self._room.limit
 
     def _turn(self) -> bool:
-        """A step of every run that trains and a slice for every one that validates; False if there was nothing to do.
+        """A step of who trains, a slice of who validates, some of who is trained; False if there was nothing to do.
 
         A job that was with a worker that died is tried alone until it is saved: else it might take others with it.
         """
@@ -113,29 +117,31 @@ class Worker:
             self._guard(run, run.lease.check)
         self._admit()
         active = [run for run in self._runs if run.is_suspect] or list(self._runs)
-        training = [run for run in active if run.validation is None]
+        training = [run for run in active if run.validation is None and not run.is_trained]
         scoring = [run for run in active if run.validation is not None]
         begun = self._clock()
         if training:
             losses = step(self._frozen, [run.tuning for run in training], self._apart)
             for run, loss in zip(training, losses, strict=True):
                 self._on_step()
-                self._take(run, loss, run.stepped)
+                self._guard(run, partial(run.stepped, loss))
             tokens = sum(run.tuning.batch_tokens for run in training if run in self._runs)
             self._on_pack(tokens, self._clock() - begun)
         if scoring:
             passes = [run.validation for run in scoring if run.validation is not None]
             for run, nats in zip(scoring, score(self._frozen, passes, self._apart), strict=True):
-                self._take(run, nats, run.scored)
+                self._guard(run, partial(run.scored, nats))
+        trained = [run for run in active if run in self._runs and run.is_trained and not run.waits]
+        until = self._clock() + (SHARE * (self._clock() - begun) if training or scoring else SLICE_SECONDS)
+        for run in trained:
+            if run is trained[0] or self._clock() < until:
+                self._guard(run, partial(self._publish, run, until))
         self._took = self._clock() - begun
-        for run in [run for run in active if run in self._runs]:
-            if run.tuning.done and run.validation is None:
-                self._guard(run, partial(self._publish, run))
-            elif run.wants_saving(self._checkpoint_seconds):
-                self._guard(run, partial(self._save, run))
+        for run in [run for run in active if run in self._runs and run.wants_saving(self._checkpoint_seconds)]:
+            self._guard(run, partial(self._save, run))
         while (newest := self._room.too_many()) is not None:
             self._rest(newest)
-        return bool(active) or self._coming is not None or self._ended > ended
+        return bool(training or scoring or trained) or self._coming is not None or self._ended > ended
 
     def _apart(self, error: Exception) -> None:
         """Those that could not share a step for want of memory will not try again: the newest makes way."""
@@ -216,14 +222,6 @@ class Worker:
         else:
             self._put_back(lease)  # another worker may have the room
 
-    def _take(self, run: JobRun, found: float | Exception, tell: Callable[[float], None]) -> None:
-        def work() -> None:
-            if isinstance(found, Exception):
-                raise found
-            tell(found)
-
-        self._guard(run, work)
-
     def _guard(self, run: JobRun, work: Callable[[], None]) -> None:
         """Whatever it raises ends this run, and no other."""
         try:
@@ -242,11 +240,11 @@ class Worker:
         if was_tried and not run.is_suspect:
             self._ask_at = 0.0  # others have waited for this
 
-    def _publish(self, run: JobRun) -> None:
-        version = run.publish()
-        self._runs.remove(run)
-        self._say(f"{run.job.id}: published {version.ref}")
-        self._end(run.lease, JobStatus.SUCCEEDED)
+    def _publish(self, run: JobRun, until: float) -> None:
+        if (version := run.publish(until)) is not None:
+            self._runs.remove(run)
+            self._say(f"{run.job.id}: published {version.ref}")
+            self._end(run.lease, JobStatus.SUCCEEDED)
 
     def _fail(self, lease: Lease, error: Exception) -> None:
         job = lease.job

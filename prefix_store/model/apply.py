@@ -62,17 +62,25 @@ def _deaf_layers(frozen: FrozenModel) -> list[int]:
 
 
 def logits(
-    frozen: FrozenModel, ids: torch.Tensor, real_mask: torch.Tensor, prefixes: PrefixRows | None
+    frozen: FrozenModel,
+    ids: torch.Tensor,
+    real_mask: torch.Tensor,
+    prefixes: PrefixRows | None,
+    cache: DynamicCache | None = None,
 ) -> torch.Tensor:
-    """`[B, T, V]` for `ids` `[B, T]`, padded on either side where `real_mask` `[B, T]` is 0; has gradients."""
+    """`[B, T, V]` for `ids` `[B, T]`, padded on either side where `real_mask` `[B, T]` is 0; has gradients.
+
+    `cache`: of the rows' own tokens that were run before, to which these are added; `real_mask` is then of all of them.
+    """
     both.check_attached(frozen)
-    real_index = (real_mask.long().cumsum(1) - 1).clamp(min=0)
+    real_index = both.real_index(real_mask)[:, -ids.shape[1] :]
     offset = 0 if prefixes is None else prefixes.offset[:, None]
     output = frozen.model(
         input_ids=ids,
         attention_mask=real_mask,
         position_ids=offset + real_index,
-        use_cache=False,
+        past_key_values=cache,
+        use_cache=cache is not None,
         prefix=_forward(prefixes, real_index) if prefixes is not None else None,
     )
     result: torch.Tensor = output.logits

@@ -14,15 +14,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
 
 from prefix_store.geometry import Stack
 from prefix_store.model import sites
 from prefix_store.model.attention import NAME, Ahead, Forward, Seen
 from prefix_store.model.frozen import FrozenModel
 from prefix_store.model.rows import PrefixRows, StackRows
+
+
+@dataclass
+class Read:
+    """What rows have been through: the encoder's states, and the decoder's cache of its own and of these."""
+
+    cache: EncoderDecoderCache
+    states: torch.Tensor | None = None
+
+    @classmethod
+    def nothing(cls) -> Read:
+        """Before the first forward."""
+        return cls(EncoderDecoderCache(DynamicCache(), DynamicCache()))
 
 
 def logits(
@@ -33,25 +49,32 @@ def logits(
     target_mask: torch.Tensor,
     prefixes: StackRows | None,
     observer: Callable[[Seen], None] | None = None,
+    read: Read | None = None,
 ) -> torch.Tensor:
     """`[B, T, V]` for `target` `[B, T]`, which begins with the start token, over `source` `[B, S]`; has gradients.
 
     Both are padded on either side where their masks are 0. The observer is shown every attention. Not for two threads
-    at once: positions are told to the model by hooks.
+    at once: positions are told to the model by hooks. `read`: what these rows have been through before, to which this
+    forward is added; `target_mask` is then of all their targets' tokens.
     """
     check_attached(frozen)
     prefixes = prefixes or StackRows.bare(len(source), frozen.device)
     inputs, source_mask = _inputs(frozen, source, source_mask, prefixes)
-    source_index, target_index = (_real_index(mask) for mask in (source_mask, target_mask))
+    source_index, target_index = real_index(source_mask), real_index(target_mask)[:, -target.shape[1] :]
+    if read is not None and read.states is not None:
+        inputs = {"encoder_outputs": BaseModelOutput(read.states)}
     with _positions(frozen, source_index, prefixes.offset[:, None] + target_index):
         output = frozen.model(
             **inputs,
             attention_mask=source_mask,
             decoder_input_ids=target,
             decoder_attention_mask=target_mask,
-            use_cache=False,
+            past_key_values=read.cache if read is not None else None,
+            use_cache=read is not None,
             prefix=Forward(_ahead(frozen, prefixes, source_index, target_index), observer),
         )
+    if read is not None:
+        read.states = output.encoder_last_hidden_state
     result: torch.Tensor = output.logits
     return result
 
@@ -103,7 +126,7 @@ def deaf_layers(frozen: FrozenModel) -> list[str]:
 
 def _inputs(
     frozen: FrozenModel, source: torch.Tensor, mask: torch.Tensor, prefixes: StackRows
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+) -> tuple[dict[str, Any], torch.Tensor]:
     """What the encoder reads, and which of it is real."""
     if prefixes.embeds is None or prefixes.valid is None:
         return {"input_ids": source}, mask
@@ -112,7 +135,8 @@ def _inputs(
     return {"inputs_embeds": embeds}, torch.cat([prefixes.valid.to(mask.dtype), mask], dim=1)
 
 
-def _real_index(mask: torch.Tensor) -> torch.Tensor:
+def real_index(mask: torch.Tensor) -> torch.Tensor:
+    """`[B, T]`: how many real tokens stand before each."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from prefix_store.codec import decode, digest_of, encode, write
-from prefix_store.errors import InvalidPrefix
+from prefix_store.errors import InvalidPrefix, StoreUnavailable
 from prefix_store.prefix import Method, Window
 from tests.prefix_store.samples import GEOMETRY, manifest, raw, tensors
 
@@ -170,3 +170,8 @@ def test_nothing_unsound_is_written(tmp_path):
         write(manifest(), {"self.kv": torch.full(SHAPE, torch.nan)}, tmp_path / "file")
     with pytest.raises(InvalidPrefix, match="at most 100000 bytes"):
         write(manifest(template="{prompt}" + "\0" * 19_000), tensors(manifest()), tmp_path / "file")
+
+
+def test_a_disk_that_fails_is_the_stores_failure(tmp_path):
+    with pytest.raises(StoreUnavailable, match=r"cannot be written: .*No such file"):
+        write(manifest(), tensors(manifest()), tmp_path / "gone" / "file")

@@ -25,6 +25,7 @@ from trainer.data import Example
 from trainer.forward import Group
 from trainer.methods import METHODS
 from trainer.methods.prefix import DirectKV
+from trainer.slices import done
 from trainer.tuning import Tuning
 from trainer.worker import Worker
 
@@ -229,7 +230,7 @@ def test_samples_are_what_the_model_would_say(family):
     frozen = FROZEN[family]
     kvs, examples = random_kvs(frozen, 3, 0), encoded(frozen)[:2]
     manifest = PrefixManifest(Method.PREFIX, frozen.geometry, 3, 0, stacks=tuple(Stack))
-    made = samples.make(frozen, manifest, {f"{stack}.kv": kv for stack, kv in kvs.items()}, examples)
+    made = done(samples.making(frozen, manifest, {f"{stack}.kv": kv for stack, kv in kvs.items()}, examples))
     for sample, example in zip(made, examples, strict=True):
         ids = [frozen.start_id]
         for _ in range(samples.TOKENS):

@@ -63,7 +63,7 @@ def test_steps_may_take_what_was_said_or_half_of_what_is_free(tmp_path, monkeypa
     chosen = Settings(
         model=str(folder), store=f"sqlite:///{tmp_path}/store.db", device="cpu", train_memory_mb=megabytes
     )
-    assert program.make_worker(chosen, CollectorRegistry())._budget == expected
+    assert program.make_worker(chosen, CollectorRegistry()).load[2] == expected
 
 
 def test_a_method_of_ones_own_stands_in_the_start_line(tmp_path, capsys):

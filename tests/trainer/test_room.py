@@ -34,10 +34,18 @@ def test_one_that_is_alone_is_tried_and_others_need_room():
     assert room.is_there
 
 
+def test_who_is_trained_is_in_nobodys_way():
+    trained = [run(0) for _ in range(MOST)]
+    assert Room(3, trained).is_there
+    assert Room(3, trained).fits(100)
+    assert Room(3, [run(2), run(2), *trained]).too_many().cost == 2
+    assert not Room(3, [*trained, run(0, is_suspect=True)]).is_there
+
+
 def test_there_is_a_most_and_who_is_tried_is_alone():
-    runs = [run(0) for _ in range(MOST - 1)]
-    assert Room(3, runs).is_there
-    assert not Room(3, [*runs, run(0)]).is_there
+    runs = [run() for _ in range(MOST - 1)]
+    assert Room(MOST, runs).is_there
+    assert not Room(MOST, [*runs, run()]).is_there
     assert not Room(3, [run(is_suspect=True)]).is_there
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-import pytest
+from typing import Any
+
 import torch
 
 from prefix_store.model import apply
@@ -8,7 +9,7 @@ from prefix_store.model.apply import PrefixRows
 from prefix_store.model.example import Example
 from prefix_store.prefix import Method, PrefixManifest, Window
 from tests.models import BOS, CONTEXT, EOS, random_kv, tiny_frozen
-from trainer import samples
+from trainer import samples, slices
 
 FROZEN = apply.attach(tiny_frozen("llama"))
 P = 3
@@ -21,6 +22,12 @@ MANIFEST = PrefixManifest(
     base_digest=FROZEN.digest,
     window=Window.ALWAYS,
 )
+
+
+def made(*given: Any) -> list[dict[str, str]]:
+    return slices.done(samples.making(*given))
+
+
 EXAMPLES = [Example((BOS, 70 + number, 80, 90, 91), 3) for number in range(7)]
 
 
@@ -37,18 +44,11 @@ def plain(prompt: tuple[int, ...], kv: torch.Tensor | None, most: int) -> list[i
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("kv", [None, KV])
-def test_greedy_answers_are_those_of_each_prompt_alone(kv):
-    prompts = [(BOS, 70), (BOS, 71, 72, 73), (BOS,)]
-    rows = PrefixRows.shared(kv, 3, P, Window.ALWAYS) if kv is not None else None
-    assert samples.greedy(FROZEN, rows, prompts, 8) == [plain(prompt, kv, 8) for prompt in prompts]
-
-
 def test_samples_show_a_few_prompts_before_and_after():
-    made = samples.make(FROZEN, MANIFEST, {"self.kv": KV}, EXAMPLES)
-    assert len(made) == samples.MOST
+    found = made(FROZEN, MANIFEST, {"self.kv": KV}, EXAMPLES)
+    assert len(found) == samples.MOST
     decode = FROZEN.tokenizer.decode
-    for sample, example in zip(made, EXAMPLES, strict=False):
+    for sample, example in zip(found, EXAMPLES, strict=False):
         prompt = example.ids[:3]
         assert sample["prompt"] == decode(prompt, skip_special_tokens=True)
         assert sample["expected"] == decode([90, 91])
@@ -59,21 +59,27 @@ def test_samples_show_a_few_prompts_before_and_after():
 def test_a_conversation_is_asked_for_its_last_answer_and_a_text_for_what_follows_its_opening():
     chat = Example((BOS, 70, 71, 72, 73, 74), 2, (range(2, 3), range(5, 6)))
     text = Example((BOS, *range(70, 75)), 1)
-    made = samples.make(FROZEN, MANIFEST, {"self.kv": KV}, [chat, text])
+    found = made(FROZEN, MANIFEST, {"self.kv": KV}, [chat, text])
     decode = FROZEN.tokenizer.decode
-    assert [sample["prompt"] for sample in made] == [decode([70, 71, 72, 73]), decode([70, 71])]
-    assert [sample["expected"] for sample in made] == [decode([74]), decode([72, 73, 74])]
+    assert [sample["prompt"] for sample in found] == [decode([70, 71, 72, 73]), decode([70, 71])]
+    assert [sample["expected"] for sample in found] == [decode([74]), decode([72, 73, 74])]
 
 
 def test_nothing_to_judge_by_and_prompts_without_room_make_no_samples():
-    assert samples.make(FROZEN, MANIFEST, {"self.kv": KV}, []) == []
+    assert made(FROZEN, MANIFEST, {"self.kv": KV}, []) == []
     long = Example((BOS,) * (CONTEXT - P), CONTEXT - P - 1)
-    assert samples.make(FROZEN, MANIFEST, {"self.kv": KV}, [long]) == []
+    assert made(FROZEN, MANIFEST, {"self.kv": KV}, [long]) == []
 
 
-def test_it_can_be_stopped():
-    def stop() -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        samples.make(FROZEN, MANIFEST, {"self.kv": KV}, EXAMPLES, stop)
+def test_a_slice_is_a_token_or_a_piece_of_a_prompt(monkeypatch):
+    monkeypatch.setattr("trainer.answer.PIECE", 4)
+    read: list[int] = []
+    hook = FROZEN.model.register_forward_pre_hook(
+        lambda model, inputs, options: read.append(options["input_ids"].numel()), with_kwargs=True
+    )
+    long = Example((BOS, *range(70, 79), 90), 10)
+    for taken, _ in enumerate(samples.making(FROZEN, MANIFEST, {"self.kv": KV}, [long]), start=1):
+        assert len(read) == taken
+    hook.remove()
+    assert read[:4] == [4, 4, 2, 1]
+    assert sum(read) <= 2 * (10 + samples.TOKENS), "no token is run twice"

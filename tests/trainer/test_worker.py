@@ -23,7 +23,7 @@ from prefix_store.errors import PayloadTooLarge, PrefixNotFound, StoreUnavailabl
 from prefix_store.jobs import JobStatus, TrainingJob, TrainingSpec
 from prefix_store.model import apply
 from prefix_store.model.example import Example, ExampleEncoder
-from prefix_store.prefix import Method, PrefixRef, Window
+from prefix_store.prefix import Method, PrefixRef, PrefixVersion, Window
 from prefix_store.store import Store
 from tests.models import CONTEXT, save_tiny, tiny_frozen
 from trainer import data, forward, memory
@@ -353,16 +353,128 @@ def test_a_store_that_is_away_for_a_while_stops_no_job(store, monkeypatch):
     assert now(store, job).status is JobStatus.SUCCEEDED
 
 
-def test_a_store_that_is_away_when_publishing_leaves_the_job_to_its_lease(store, monkeypatch):
+# trained, and the store cannot take it
+
+
+@pytest.fixture
+def refusing(store, monkeypatch) -> Iterator[list[str]]:
+    """The names whose prefixes the store cannot take, as long as they are there."""
+    names, save = [NAME], store.prefixes.save
+
+    def refuse(tenant: str, name: str, *others: object, **options: object) -> PrefixVersion:
+        if name in names:
+            raise StoreUnavailable("no space left")
+        return save(tenant, name, *others, **options)
+
+    monkeypatch.setattr(store.prefixes, "save", refuse)
+    monkeypatch.setattr("trainer.publication.RETRY_SECONDS", 0.1)
+    monkeypatch.setattr("trainer.worker.ASK_SECONDS", 0.02)
+    return names
+
+
+WAITS = "trained, and waiting for the store to take its prefix: "
+
+
+def test_a_prefix_is_published_when_its_folder_is_there_again(store, monkeypatch):
+    monkeypatch.setattr("trainer.publication.RETRY_SECONDS", 0.1)
+    monkeypatch.setattr("trainer.worker.ASK_SECONDS", 0.02)
+    folder, job, ends, lines, turns = store.blobs.root / "tmp", submit(store), [], [], []
+    away = folder.with_name("away")
+
+    def say(line: str) -> None:
+        lines.append(line)
+        if WAITS in line:
+            turns.clear()
+            threading.Timer(0.5, away.rename, [folder]).start()
+
+    worker = make_worker(store, on_step=at_step(10, lambda: folder.rename(away)), on_end=ends.append, say=say)
+    turn = worker._turn
+    monkeypatch.setattr(worker, "_turn", lambda: turns.append(1) or turn())
+    worker.run_until_empty()
+    done = now(store, job)
+    assert (done.status, done.attempt, done.lapses, versions(store)) == (JobStatus.SUCCEEDED, 1, 0, 1)
+    assert ends == ["succeeded"]
+    told = [line for line in said(store, job) if line.startswith(WAITS)]
+    assert len(told) == len([line for line in lines if WAITS in line]) == 1
+    assert str(folder) in told[0]
+    assert len(turns) < 60, "it has slept in between"
+
+
+def test_who_waits_for_the_store_keeps_nobody_waiting(store, refusing):
+    waiting, other = submit(store), submit(store, name="other", steps=30)
+    beside: list[set[str]] = []
+
+    def look() -> None:
+        beside.append({run.job.name for run in worker._runs})
+        late()
+
+    late = at_step(45, refusing.clear)  # 10 of the one, and 30 of the other and five of one that came later
+    worker, _ = watched(store, look)
+    submit(store, name="later", steps=20, batch_size=4)
+    worker._room.budget = worker._room.limit = cost() + cost(batch_size=4)
+    worker.run_until_empty()
+    assert {now(store, job).status for job in (waiting, other)} == {JobStatus.SUCCEEDED}
+    assert {NAME, "other", "later"} in beside, "it takes no step, and so no room"
+
+
+@pytest.mark.parametrize("wish", ["cancel", "pause", "stop", "lose"])
+def test_who_waits_for_the_store_can_be_taken_away(store, refusing, wish):
+    submit(store, name="whole")
+    make_worker(store).run_until_empty()
     job, ends = submit(store), []
 
-    def away(*_: object, **__: object) -> None:
-        raise StoreUnavailable("away")
+    def strike() -> None:
+        acts = {
+            "cancel": lambda: store.jobs.request_cancel(TENANT, job.id),
+            "pause": lambda: store.jobs.request_pause(TENANT, job.id),
+            "stop": worker.stop,
+            "lose": lambda: store.jobs.finish(worker._runs[0].job, JobStatus.PAUSED, None),
+        }
+        acts[wish]()
 
-    with monkeypatch.context() as patch:
-        patch.setattr(store.prefixes, "save", away)
-        make_worker(store, on_end=ends.append).run_until_empty()
-    assert (now(store, job).status, ends) == (JobStatus.RUNNING, ["lost"])
+    worker = make_worker(
+        store,
+        say=lambda line: strike() if WAITS in line else None,
+        on_end=ends.append,
+        heartbeat_seconds=0.01,
+    )
+    worker.run_until_empty()
+    found = now(store, job)
+    expected = {"cancel": "cancelled", "pause": "paused", "stop": "queued", "lose": "paused"}[wish]
+    assert (found.status.value, ends) == (expected, ["lost" if wish == "lose" else expected])
+    refusing.clear()
+    if wish == "cancel":
+        return
+    if wish != "stop":
+        store.jobs.resume(TENANT, job.id)
+    make_worker(store, "w2").run_until_empty()
+    assert (now(store, job).status, now(store, job).lapses) == (JobStatus.SUCCEEDED, 0)
+    assert torch.equal(kept(store), kept(store, "whole"))
+    if wish != "lose":
+        metrics = [event for event in store.jobs.events(TENANT, job.id, 0, 1000) if event.kind == "metrics"]
+        assert sorted(event.data["step"] for event in metrics) == list(range(1, 11)), "it was trained once"
+
+
+def test_a_suspect_that_waits_for_the_store_lets_others_in(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.publication.RETRY_SECONDS", 0.1)
+    monkeypatch.setattr("trainer.worker.ASK_SECONDS", 0.0)
+    time_now = [1000.0]
+    store = Store.open(f"sqlite:///{tmp_path}/store.db", clock=lambda: time_now[0])
+    suspect = submit(store)
+    store.jobs.claim("dead", 60.0)
+    time_now[0] += 61.0
+    other, save = submit(store, name="other"), store.prefixes.save
+
+    def refuse(tenant: str, name: str, *others: object, **options: object) -> PrefixVersion:
+        if versions(store, "other") == 0 and name == NAME:
+            raise StoreUnavailable("away")
+        return save(tenant, name, *others, **options)
+
+    monkeypatch.setattr(store.prefixes, "save", refuse)
+    monkeypatch.setattr(store.jobs, "save_checkpoint", lambda *_: refuse(TENANT, NAME))
+    make_worker(store).run_until_empty()
+    assert {now(store, job).status for job in (suspect, other)} == {JobStatus.SUCCEEDED}
+    store.close()
 
 
 def test_a_worker_without_heartbeats_ends(store, monkeypatch):
@@ -517,11 +629,11 @@ def test_a_running_job_rests_and_goes_on(store):
 
 
 def watched(store: Store, also: Callable[[], object] = lambda: None, **options) -> tuple[Worker, list[set[str]]]:
-    """A worker, and who was with it at each step of a job."""
+    """A worker, and who trained with it at each step of a job."""
     together: list[set[str]] = []
 
     def on_step() -> None:
-        together.append({run.job.name for run in worker._runs})
+        together.append({run.job.name for run in worker._runs if not run.is_trained})
         also()
 
     worker = make_worker(store, on_step=on_step, **options)
@@ -565,6 +677,59 @@ def test_who_validates_keeps_nobody_waiting(store):
     worker.run_until_empty()
     meanwhile = [state["quick"][0] for state in seen if state.get("slow") == (0, False) and "quick" in state]
     assert max(meanwhile) >= 8
+
+
+@contextlib.contextmanager
+def reading(heard: Callable[[int], object]) -> Iterator[None]:
+    """Tells of the tokens of every forward that learns nothing."""
+
+    def tell(model: torch.nn.Module, inputs: object, options: dict[str, Any]) -> None:
+        if not torch.is_grad_enabled():
+            heard(options["input_ids"].numel())
+
+    hook = FROZEN.model.base_model.register_forward_pre_hook(tell, with_kwargs=True)
+    yield
+    hook.remove()
+
+
+def test_who_makes_samples_keeps_nobody_waiting(store):
+    """On a clock that steps (100 ms) and what is read without learning from it (1 ms a token) move."""
+    time_now, steps = [0.0], []
+
+    def advance(seconds: float) -> None:
+        time_now[0] += seconds
+
+    judges = [{"prompt": f"{number} is what it is", "completion": " a number"} for number in range(5)]
+    shown = submit(store, name="shown", validation=judges, steps=2)
+    submit(store, name="other", steps=60)
+
+    def on_step() -> None:
+        steps.append(time_now[0])
+        advance(0.1)
+
+    worker = make_worker(store, on_step=on_step, clock=lambda: time_now[0])
+    with reading(lambda tokens: advance(0.001 * tokens)):
+        worker.run_until_empty()
+    assert len(job_report.make(store.jobs.events(TENANT, shown.id, 0, 1000))["samples"]) == 5
+    assert max(after - before for before, after in pairwise(steps)) <= 0.3, "all samples at once take some ten seconds"
+
+
+def test_a_job_that_makes_samples_can_be_cancelled(store, monkeypatch):
+    monkeypatch.setattr("trainer.worker.SLICE_SECONDS", 0.0)
+    judges = [{"prompt": f"{number} is", "completion": " a number"} for number in range(5)]
+    job, ends, read = submit(store, validation=judges, steps=2), [], []
+
+    def slowly(tokens: int) -> None:
+        if all(run.tuning.step == 2 and run.validation is None for run in worker._runs):
+            read.append(tokens)
+            len(read) == 3 and store.jobs.request_cancel(TENANT, job.id)
+            time.sleep(0.02)  # several heartbeats
+
+    worker = make_worker(store, on_end=ends.append, heartbeat_seconds=0.005)
+    with reading(slowly):
+        worker.run_until_empty()
+    assert (ends, now(store, job).status) == (["cancelled"], JobStatus.CANCELLED)
+    assert len(read) < 30
 
 
 def cost(**options) -> int:
