@@ -252,7 +252,7 @@ def test_answers_are_transformers_own_by_the_rules_of_the_generation_config(fami
     model, source = tiny_model(family.name), tuple(range(40, 60))
     # its caches have as many layers as T5's encoder, so there is none
     greedy = {"do_sample": False, "use_cache": False}
-    free = model.generate(torch.tensor([source]), max_new_tokens=6, **greedy)[0].tolist()
+    free = model.generate(torch.tensor([source]), min_new_tokens=6, max_new_tokens=6, **greedy)[0].tolist()
     rules = {"forced_bos_token_id": 7, "forced_eos_token_id": 1, "bad_words_ids": [[free[-1]]]}
     served = tiny_frozen(family.name)
     for config in (model.generation_config, served.model.generation_config):

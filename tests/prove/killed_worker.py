@@ -24,6 +24,7 @@ import torch
 from prefix_store.store import Store
 from tests.models import tiny_frozen
 from tests.prove.killed_writers import fork
+from trainer import room
 from trainer.worker import Worker
 
 FAMILY = "llama"
@@ -38,13 +39,14 @@ def work(url: str, name: str, packed: bool, report: int) -> None:
     def tell(what: str) -> None:
         os.write(report, f"{what}\n".encode())
 
+    if not packed:
+        room.MOST = 1  # of this process alone, which is a fork
     store, model = Store.open(url), tiny_frozen(FAMILY)
     while any(count for status, count in store.jobs.job_counts().items() if not status.is_final):
         worker = Worker(
             store,
             model,
             name,
-            memory_bytes=None if packed else 1,
             lease_seconds=LEASE,
             heartbeat_seconds=BEAT,
             checkpoint_seconds=CHECKPOINT,
