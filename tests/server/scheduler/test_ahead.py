@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
@@ -194,6 +195,21 @@ def test_what_is_aborted_meanwhile_is_not_alive(scheduler):
     assert [row.sequence.request.id for row in alive(behind).rows] == ["b"]
 
 
+def steps_until(
+    scheduler: Scheduler, is_waited_for: Callable[[GenerationRequest], bool], *, within: int, is_ahead: bool
+) -> int:
+    """Steps until such a request has a row."""
+    behind = None
+    for step in range(within):
+        plan = following(scheduler, behind)
+        if any(is_waited_for(row.sequence.request) for row in plan.rows):
+            return step
+        behind = scheduler.ahead(plan) if is_ahead else None
+        scheduler.commit(plan, results(plan))
+        scheduler.check_integrity()
+    raise AssertionError("it is never let in")
+
+
 def steps_until_let_in(*, is_ahead: bool) -> int:
     """Steps until `b`, which waits with two small requests, has a row.
 
@@ -208,15 +224,7 @@ def steps_until_let_in(*, is_ahead: bool) -> int:
     scheduler.service.lift("b", 220)
     for name in ("small", "other"):
         add(scheduler, name, new=3, tenant="b")
-    behind = None
-    for step in range(200):
-        plan = following(scheduler, behind)
-        if any(row.sequence.request.tenant == "b" for row in plan.rows):
-            return step
-        behind = scheduler.ahead(plan) if is_ahead else None
-        scheduler.commit(plan, results(plan))
-        scheduler.check_integrity()
-    raise AssertionError("it is never let in")
+    return steps_until(scheduler, lambda request: request.tenant == "b", within=200, is_ahead=is_ahead)
 
 
 def test_whose_turn_comes_meanwhile_is_let_in_a_step_later_at_most() -> None:
@@ -263,15 +271,7 @@ def steps_until_asked_again(*, is_ahead: bool) -> int:
     for tenant, prefix, prompt in (("a", near, 45), ("b", wide, 25)):
         request = GenerationRequest(f"waits of {tenant}", tenant, (5,) * prompt, SamplingParams(max_tokens=6), prefix)
         scheduler.add(request, seed=0)
-    behind = None
-    for step in range(30):
-        plan = following(scheduler, behind)
-        if any(row.sequence.request.id == "waits of a" for row in plan.rows):
-            return step
-        behind = scheduler.ahead(plan) if is_ahead else None
-        scheduler.commit(plan, results(plan))
-        scheduler.check_integrity()
-    raise AssertionError("it is never let in")
+    return steps_until(scheduler, lambda request: request.id == "waits of a", within=30, is_ahead=is_ahead)
 
 
 def test_whom_a_refusal_of_another_makes_room_for_is_let_in_a_step_later_at_most() -> None:
