@@ -15,7 +15,7 @@ import httpx
 
 from prefix_store.cli.secret import secret
 from prefix_store.cli.terminal import fail, transfer
-from prefix_store.errors import InvalidName
+from prefix_store.errors import ContextLengthExceeded, InvalidName
 from prefix_store.prefix import PrefixRef, check_name
 from prefix_store.tenants import DEFAULT_TENANT
 
@@ -39,6 +39,10 @@ class Busy(Failure):
     def __init__(self, message: str, seconds: int) -> None:
         super().__init__(message)
         self.seconds = seconds
+
+
+class NoRoom(Failure):
+    """What was asked does not fit into the model's context."""
 
 
 class Reply(dict[str, Any]):
@@ -134,7 +138,7 @@ class Client:
             try:
                 if not reply.is_success:
                     reply.read()
-                    raise _failure(reply, self._refusal(reply))
+                    raise self._failure(reply)
                 yield reply
             finally:
                 reply.close()
@@ -149,13 +153,20 @@ class Client:
             request.stream = _Told(request.stream, tell)
             return self._http.send(request, stream=True)
 
-    def _refusal(self, reply: httpx.Response) -> str:
+    def _failure(self, reply: httpx.Response) -> Failure:
         """What the server said, and what to do about it where that is known."""
         try:
             error = reply.json()["error"]
             message, code = str(error["message"]), error.get("code")
         except (ValueError, KeyError, TypeError, RecursionError):
             message, code = "", NO_ROUTE[0]
+        wait = reply.headers.get("retry-after", "")
+        said = self._said(reply, message, code)
+        if reply.status_code in BUSY and wait.isdigit():
+            return Busy(said, min(int(wait), 3600))
+        return NoRoom(said) if code == ContextLengthExceeded.code else Failure(said)
+
+    def _said(self, reply: httpx.Response, message: str, code: object) -> str:
         if code in NO_ROUTE:
             to = f" to {reply.headers['location']}" if "location" in reply.headers else ""
             said = f"{self._url} answered {reply.status_code} {reply.reason_phrase}{to}"
@@ -236,11 +247,6 @@ def _key() -> str:
     if not re.fullmatch(r"[!-~]*", key):
         fail("ANTEFIX_API_KEY must be one key as `antefix key new` prints it: afx_…")
     return key
-
-
-def _failure(reply: httpx.Response, message: str) -> Failure:
-    wait = reply.headers.get("retry-after", "")
-    return Busy(message, min(int(wait), 3600)) if reply.status_code in BUSY and wait.isdigit() else Failure(message)
 
 
 def _lines(reply: httpx.Response) -> Iterator[bytes]:

@@ -14,7 +14,7 @@ import typer
 
 from prefix_store import examples
 from prefix_store.cli import crowd, scores
-from prefix_store.cli.client import NOT_ANTEFIX, Busy, Client, Failure, connect, fail, reference
+from prefix_store.cli.client import NOT_ANTEFIX, Busy, Client, Failure, NoRoom, connect, fail, reference
 from prefix_store.cli.terminal import printable
 from prefix_store.errors import InvalidTrainingData
 from prefix_store.examples import Example
@@ -34,11 +34,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a case. `nats`: -log p of its `tokens` that count, together."""
+    """What came of a case. `nats`: -log p of its `tokens` that count, together. `no_room`: why it has no answer."""
 
     answer: str | None = None
     nats: float = 0.0
     tokens: int = 0
+    no_room: str | None = None
 
 
 def evaluate(
@@ -68,7 +69,10 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write every example's answer and loss to this JSONL file.")] = None,
 ) -> None:
-    """Measure a prefix on examples: answers are greedy; the loss is in nats per token that training would count."""
+    """Measure a prefix on examples: answers are greedy; the loss is in nats per token that training would count.
+
+    An example whose prompt leaves the context no room for an answer is not counted; then the exit status is 1.
+    """
     cases = read_cases(data, limit)
     wanted = _metrics(metrics, cases)
     scores.check_installed(wanted)
@@ -82,16 +86,23 @@ def evaluate(
             outcomes = crowd.ask_all(cases, asker.ask, concurrency, "evaluating")
         except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
             raise Failure(f"{NOT_ANTEFIX}: {error}") from error
+    if out is not None:
+        _write(out, cases, outcomes)
+    without = {case.number: outcome.no_room for case, outcome in zip(cases, outcomes, strict=True) if outcome.no_room}
+    if len(without) == len(cases):
+        fail(f"no example has room for an answer; example {cases[0].number}: {outcomes[0].no_room}")
     found = {
         "model": model["id"],
         "prefix": model["root"] if ref is not None else None,
         "digest": model["digest"],
-        "examples": len(cases),
+        "examples": len(cases) - len(without),
         "metrics": results(wanted, cases, outcomes),
+        **({"no_room": list(without)} if without else {}),
     }
-    if out is not None:
-        _write(out, cases, outcomes)
     typer.echo(json.dumps(found, indent=2) if as_json else printable(table(found)))
+    if without:
+        number, why = next(iter(without.items()))
+        fail(f"{len(without)} of {len(cases)} examples had no room for an answer, and none is counted; {number}: {why}")
 
 
 def read_cases(path: Path, limit: int | None = None) -> list[Case]:
@@ -105,7 +116,9 @@ def read_cases(path: Path, limit: int | None = None) -> list[Case]:
 
 
 def results(metrics: list[str], cases: list[Case], outcomes: list[Outcome]) -> dict[str, Any]:
-    """Every metric over all cases: scores from 0 to 100, the loss in nats per token."""
+    """Every metric over all cases that had room: scores from 0 to 100, the loss in nats per token."""
+    pairs = [(case, outcome) for case, outcome in zip(cases, outcomes, strict=True) if outcome.no_room is None]
+    cases, outcomes = [case for case, _ in pairs], [outcome for _, outcome in pairs]
     found: dict[str, Any] = {}
     if set(metrics) & set(scores.TEXT_METRICS):
         answers = [(outcome.answer or "").strip() for outcome in outcomes]
@@ -155,7 +168,9 @@ def _with_references(line: Any) -> Example:
         return examples.canonical(line)
     others = line.pop(REFERENCES)
     if not isinstance(others, list) or not others or "prompt" not in line:
-        raise InvalidTrainingData(f"{REFERENCES} must be a list of texts beside a prompt, got {examples.kind(others)}")
+        came = "an empty one" if others == [] else examples.kind(others)
+        beside = "" if "prompt" in line else " without one"
+        raise InvalidTrainingData(f"{REFERENCES} must be a list of texts beside a prompt, got {came}{beside}")
     texts = [examples.checked_text(f"{REFERENCES}[{place}]", text) for place, text in enumerate(others)]
     own = {"completion": texts[0]} if line.get("completion") is None else {}
     return examples.canonical({**line, **own}) | {REFERENCES: texts}
@@ -200,7 +215,10 @@ class _Asker:
 
     def ask(self, case: Case) -> Outcome:
         with _named(case):
-            answer = self._answer(case) if set(self.metrics) & set(scores.TEXT_METRICS) else None
+            try:
+                answer = self._answer(case) if set(self.metrics) & set(scores.TEXT_METRICS) else None
+            except NoRoom as failure:
+                return Outcome(no_room=str(failure))
             nats, tokens = self._loss(case) if "loss" in self.metrics else (0.0, 0)
         return Outcome(answer, nats, tokens)
 
@@ -210,8 +228,15 @@ class _Asker:
             return any("source" in piece for piece in self._read(case))
 
     def _answer(self, case: Case) -> str:
+        """Where `max_tokens` do not fit behind the prompt, as many as the server allows by itself, which do."""
+        try:
+            return self._answered(case, {"max_tokens": self.max_tokens})
+        except NoRoom:
+            return self._answered(case, {})
+
+    def _answered(self, case: Case, at_most: dict[str, int]) -> str:
         assert case.asked is not None
-        body = {**case.asked, "max_tokens": self.max_tokens, "temperature": 0}
+        body = {**case.asked, **at_most, "temperature": 0}
         if "messages" in body:
             reply = self.server.post("/v1/chat/completions", json={**body, "model": self.prefix or self.model})
             return str(reply["choices"][0]["message"]["content"])
@@ -222,7 +247,7 @@ class _Asker:
         nats, count = 0.0, 0
         for piece in self._read(case):
             scored = {"prompt": piece["tokens"], "prefix_id": self.prefix, "echo": True, "logprobs": 0}
-            reply = self.server.post("/generate", json={**scored, "max_tokens": 1, "temperature": 0})
+            reply = self.server.post("/generate", json={**scored, "max_tokens": 0, "temperature": 0})
             each = reply["logprobs"]["token_logprobs"]
             nats -= math.fsum(each[place] for place in piece["targets"])
             count += len(piece["targets"])
@@ -252,6 +277,8 @@ def _write(path: Path, cases: list[Case], outcomes: list[Outcome]) -> None:
         shown: dict[str, Any] = {**case.example}
         if outcome.answer is not None:
             shown |= {REFERENCES: case.references, "answer": outcome.answer}
+        if outcome.no_room is not None:
+            shown |= {"no_room": outcome.no_room}
         if outcome.tokens:
             shown |= {"loss": outcome.nats / outcome.tokens, "tokens": outcome.tokens}
         lines.append(json.dumps(shown, ensure_ascii=False) + "\n")

@@ -62,12 +62,9 @@ async def info(services: Serving) -> dict[str, Any]:
 async def _tokenize_example(
     example: dict[str, Any], body: TokenizeBody, services: Services, caller: Caller
 ) -> dict[str, Any]:
-    """An example as training would read it, in the prefix's template, and the places of the tokens that it counts.
-
-    It has room for one token more, so that it can be scored as a prompt.
-    """
+    """An example as training would read it, in the prefix's template, and the places of the tokens that it counts."""
     prefix = await model_names.load(body.model, services, caller) if body.model is not None else None
-    room = services.frozen.context_length - generation.virtual_tokens(prefix) - 1
+    room = services.frozen.context_length - generation.virtual_tokens(prefix)
     template = prefix.template if prefix is not None else None
     frozen = services.frozen
     start = frozen.start_ids if frozen.is_encoder_decoder else ()

@@ -11,6 +11,7 @@ import pytest
 from prefix_store.cli import crowd
 from prefix_store.model import apply
 from prefix_store.model import frozen as models
+from prefix_store.model.example import ExampleEncoder
 from prefix_store.store import Store
 from server.app import create_app
 from server.engine.engine import Engine
@@ -105,7 +106,12 @@ def test_every_example_is_written_where_one_asks_for_it(antefix: Antefix, tmp_pa
     ("lines", "more", "said"),
     [
         ([PAIRS[0], {"prompt": "a"}], [], "d, line 2: expected an object"),
-        ([{"prompt": "a", "references": []}], [], "d, line 1: references must be a list of texts"),
+        (
+            [{"prompt": "a", "references": []}],
+            [],
+            "references must be a list of texts beside a prompt, got an empty one",
+        ),
+        ([{"references": ["a"]}], [], "references must be a list of texts beside a prompt, got a list without one"),
         (
             [{"prompt": "a", "references": "b"}],
             [],
@@ -136,6 +142,45 @@ def test_an_unknown_prefix_is_never_the_bare_model(antefix: Antefix, tmp_path: P
     data = write(tmp_path / "d", PAIRS)
     for name in ("missing", "../models", ""):
         assert antefix("eval", name, "--data", data).exit_code == 1
+
+
+def small(request: httpx.Request) -> httpx.Response:
+    """A server with a context of 50 letters, which answers in the 20 that it is asked for, or where absent 16."""
+    body = json.loads(request.content or b"{}")
+    if isinstance(asked := body.get("prompt"), str):
+        most = body.get("max_tokens", max(1, min(16, 50 - len(asked))))
+        if len(asked) + most > 50:
+            error = {"message": f"{len(asked)} and {most} are too many", "code": "context_length_exceeded"}
+            return httpx.Response(400, json={"error": error})
+        return httpx.Response(200, json={"text": "b" * most})
+    model = {"id": "m", "root": "m", "parent": None, "digest": "d"}
+    examples = [{"tokens": [9, 5], "targets": [1]}]
+    scores = {"token_logprobs": [None, -1.0]}
+    return httpx.Response(200, json={"data": [model], "examples": examples, "logprobs": scores})
+
+
+def test_an_example_without_room_costs_no_other(antefix: Antefix, instead: Instead, tmp_path: Path) -> None:
+    instead(small)
+    lengths = (5, 30, 31, 49, 50, 2000)
+    data, out = write(tmp_path / "d", [{"prompt": "a" * n, "completion": "b" * 20} for n in lengths]), tmp_path / "out"
+    result = antefix("eval", "--data", data, "--json", "--out", out, "--max-tokens", 20)
+    shown = json.loads(result.stdout)
+    assert (result.exit_code, shown["examples"], shown["no_room"]) == (1, 4, [5, 6])
+    assert shown["metrics"]["tokens"] == 4
+    assert "2 of 6 examples had no room for an answer, and none is counted; 5: 50 and 1 are too" in result.stderr
+    assert result.stderr.count("\n") == 1
+    lines = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    assert [len(line.get("answer", "")) for line in lines] == [20, 20, 16, 1, 0, 0]
+    assert [line.get("no_room") for line in lines] == [None] * 4 + ["50 and 1 are too many", "2000 and 1 are too many"]
+
+
+def test_no_example_with_room_is_no_measurement(antefix: Antefix, instead: Instead, tmp_path: Path) -> None:
+    instead(small)
+    data = write(tmp_path / "d", [{"prompt": "a" * 60, "completion": "b"}] * 2)
+    result = antefix("eval", "--data", data, "--out", tmp_path / "out")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "no example has room for an answer; example 1: 60 and 1 are too many" in result.stderr
+    assert len((tmp_path / "out").read_text().splitlines()) == 2
 
 
 def translating(request: httpx.Request) -> httpx.Response:
@@ -233,6 +278,25 @@ def test_the_loss_is_the_trainers_validation_loss(
     assert served == pytest.approx(best["valid_loss"], abs=1e-4)
     for other in [()] + [(wrong,) for wrong in ("pairs", "chats", "texts") if wrong != name]:
         assert abs(found(antefix, *other, "--data", data, "--metrics", "loss")["metrics"]["loss"] - served) > 1e-2
+
+
+@pytest.mark.slow
+def test_an_example_that_fills_the_context_is_read_as_training_reads_it(
+    trained: tuple[str, Store], antefix: Antefix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is too long as well: its beginning is cut."""
+    url, _ = trained
+    monkeypatch.setenv("ANTEFIX_URL", url)
+    frozen = models.load(models.BUNDLED)
+    encoder = ExampleEncoder(frozen.tokenizer, frozen.end_ids, "Hats. {prompt}")
+    for prompt in ("a red hat " * 2000, "a red hat"):
+        example = {"prompt": prompt, "completion": " is red"}
+        result = found(antefix, "pairs", "--data", write(tmp_path / "d", [example]), "--metrics", "loss")
+        (read,) = encoder.encode(example, frozen.context_length - QUICK["virtual_tokens"])
+        body = {"model": "pairs", "example": example}
+        assert httpx.post(f"{url}/tokenize", json=body).json()["examples"][0]["tokens"] == list(read.ids)
+        assert result["metrics"]["tokens"] == len(read.targets)
+        assert (len(read.ids) == frozen.context_length - QUICK["virtual_tokens"]) == (len(prompt) > 100)
 
 
 @pytest.mark.slow

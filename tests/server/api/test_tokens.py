@@ -61,7 +61,7 @@ def test_an_example_is_tokenized_as_training_reads_it(serve: Serve, store: Store
     assert [len(piece["tokens"]) for piece in pieces] == [4, 4, 2]
     long = {"prompt": "x" * 1000, "completion": "y"}
     (piece,) = post(client, "/tokenize", example=long, model="support", max_length=5000)["examples"]
-    assert len(piece["tokens"]) == 512 - 4 - 1  # the prefix's place, and one for a token behind
+    assert len(piece["tokens"]) == 512 - 4  # the prefix's place
 
 
 def test_what_the_tokenizer_is(client: TestClient, serve: Serve) -> None:
