@@ -15,6 +15,7 @@ from starlette.routing import Match
 
 from prefix_store import errors
 from prefix_store.errors import AntefixError
+from prefix_store.examples import kind
 
 INVALID, AUTHENTICATION, PERMISSION = "invalid_request_error", "authentication_error", "permission_error"
 RATE_LIMIT, SERVER = "rate_limit_error", "server_error"
@@ -79,12 +80,19 @@ def install(app: FastAPI) -> None:
 
 
 def invalid(details: list[ErrorDetails] | list[Any]) -> errors.InvalidRequest:
-    """The first field that pydantic refused, with everything it said about it, and never with the value."""
+    """The first field that pydantic refused, with everything it said about it and what kind of thing came.
+
+    Never with the value, which may be anybody's text.
+    """
     path = _path(details[0]["loc"])
-    said = dict.fromkeys(detail["msg"] for detail in details if _path(detail["loc"])[: len(path)] == path)
+    about = [detail for detail in details if _path(detail["loc"])[: len(path)] == path]
+    said = dict.fromkeys(detail["msg"] for detail in about)
     where = f"{_written(path)}: " if path else ""
+    # of a list that one arm of a union takes, the other arms say things about what is in it
+    is_kind = all(detail["type"].endswith("_type") and _path(detail["loc"]) == path for detail in about)
+    came = f", got {kind(about[0]['input'])}" if is_kind else ""
     field = list(takewhile(lambda part: isinstance(part, str), path))
-    return errors.InvalidRequest(where + "; or ".join(said), param=_written(field) or None)
+    return errors.InvalidRequest(where + "; or ".join(said) + came, param=_written(field) or None)
 
 
 def _path(place: Sequence[str | int]) -> list[str | int]:

@@ -220,7 +220,7 @@ B = TypeVar("B", bound=BaseModel)
 async def read(request: Request, kind: type[B]) -> B:
     """Reads a JSON body, a large one off the event loop.
 
-    Raises InvalidRequest with the field and what was expected, never with what came.
+    Raises InvalidRequest with the field, what was expected and what kind of thing came.
     """
     # asked for strictly: a web page elsewhere may make a browser send any body but one of this type
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -236,4 +236,4 @@ def _parse(body: bytes, kind: type[B]) -> B:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        raise errors.invalid(error.errors(include_url=False, include_input=False)) from None
+        raise errors.invalid(error.errors(include_url=False)) from None

@@ -94,3 +94,18 @@ def test_a_parameter_that_is_far_from_all_is_told_which_there_are(client: TestCl
     assert error["message"] == "unknown parameter 'colour'; this route takes after, limit"
     error = client.get("/v1/prefixes/a", params={"colour": 1}).json()["error"]
     assert error["message"] == "unknown parameter 'colour'; this route takes none"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("max_tokens", "7secret", "max_tokens: Input should be a valid integer, got a text"),
+        ("max_tokens", True, "max_tokens: Input should be a valid integer, got a truth value"),
+        ("temperature", [1], "temperature: Input should be a valid number, got a list"),
+        ("prompt", 3, "prompt: Input should be a valid string; or Input should be a valid array, got a number"),
+        ("prompt", ["secret"], "prompt: Input should be a valid string; or Input should be a valid integer"),
+    ],
+)
+def test_a_refusal_says_what_kind_of_thing_came(client: TestClient, field: str, value: object, said: str) -> None:
+    error = client.post("/generate", json={"prompt": "x", field: value}).json()["error"]
+    assert (error["message"], error["param"]) == (said, field)
