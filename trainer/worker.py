@@ -25,7 +25,9 @@ from trainer.room import Room
 from trainer.slices import Sliced
 from trainer.step import score, step
 
-ASK_SECONDS = 0.5  # how often a busy worker looks for more jobs
+# How often a busy worker looks for more jobs; less often where that takes more than so much of the time, as it does
+# where thousands wait for other workers.
+ASK_SECONDS, ASK_SHARE = 0.5, 0.05
 # A job that begins is made ready between the steps of others, and one that is trained is published, each for so much of
 # the time that a step takes; or while nobody trains, for so many seconds before the worker looks up.
 SHARE, SLICE_SECONDS = 0.5, 0.5
@@ -72,13 +74,14 @@ class Worker:
         """Works until stopped; a store that cannot be reached is asked again. Once only."""
         with self._leases:
             while not self._stopping.is_set():
+                begun, wait = self._clock(), poll_seconds
                 try:
-                    busy = self._turn()
+                    if self._turn():
+                        continue
+                    wait = max(wait, (self._clock() - begun) / ASK_SHARE)
                 except StoreUnavailable as error:
                     self._say(f"waiting for the store: {error.message}")
-                    busy = False
-                if not busy:
-                    self._stopping.wait(poll_seconds)
+                self._stopping.wait(wait)
             self._leave()
 
     def run_until_empty(self) -> int:
@@ -154,16 +157,18 @@ class Worker:
         until = self._clock() + (SHARE * self._took if self._runs else SLICE_SECONDS)
         if not self._is_ready(until) or (self._runs and self._clock() < self._ask_at):
             return
+        begun = self._clock()
         try:
             self._make_room()
             while self._room.is_there and not self._stopping.is_set() and (job := self._claim()) is not None:
                 self._begin(job)
                 if not self._is_ready(until):
                     return
+                begun = self._clock()
         except StoreUnavailable:
             if not self._runs:
                 raise
-        self._ask_at = self._clock() + ASK_SECONDS
+        self._ask_at = self._clock() + max(ASK_SECONDS, (self._clock() - begun) / ASK_SHARE)
 
     def _make_room(self) -> None:
         """A run makes way where a tenant waits that has none: saved, so that it loses nothing but its turn."""

@@ -162,6 +162,32 @@ def test_an_idle_worker_says_once_what_waits_for_others(store, monkeypatch):
     assert lines == [f"jobs that wait for a worker with another model or method: {count}" for count in (1, 0)]
 
 
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_a_worker_asks_less_often_where_asking_takes_long(store, monkeypatch, is_busy):
+    """As it does where thousands wait for others: it is to train, and to leave the store in peace."""
+    asked, ended, claim = [], [], store.jobs.claim
+
+    def slow(*given: Any) -> TrainingJob | None:
+        asked.append(time.monotonic())
+        if len(asked) == 3 and not is_busy:
+            worker.stop()
+        found = claim(*given)
+        if found is None:
+            time.sleep(0.02)
+            ended.append(time.monotonic())
+        return found
+
+    monkeypatch.setattr(store.jobs, "claim", slow)
+    monkeypatch.setattr("trainer.worker.ASK_SECONDS", 0.0)
+    if is_busy:
+        submit(store, steps=200)
+    worker = make_worker(store, on_step=lambda: len(ended) > 2 and worker.stop())
+    worker.run(poll_seconds=0.001)
+    begun = asked[is_busy:]  # the first finds a job
+    waits = [later - earlier for earlier, later in zip(ended[:2], begun[1:3], strict=True)]
+    assert min(waits) > 0.9 * 0.02 / 0.05
+
+
 def test_a_job_tells_how_it_goes(store):
     job = submit(store)
     make_worker(store).run_until_empty()
@@ -326,6 +352,7 @@ def test_a_worker_that_lost_its_lease_writes_nothing(tmp_path):
 
 def test_a_worker_that_was_slow_to_beat_may_claim_its_own_job_again_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.worker.ASK_SECONDS", 0.0)
+    monkeypatch.setattr("trainer.worker.ASK_SHARE", 1.0)
     time_now = [1000.0]
     store = Store.open(f"sqlite:///{tmp_path}/store.db", clock=lambda: time_now[0])
     job, steps = submit(store), []
@@ -458,6 +485,7 @@ def test_who_waits_for_the_store_can_be_taken_away(store, refusing, wish):
 def test_a_suspect_that_waits_for_the_store_lets_others_in(tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.publication.RETRY_SECONDS", 0.1)
     monkeypatch.setattr("trainer.worker.ASK_SECONDS", 0.0)
+    monkeypatch.setattr("trainer.worker.ASK_SHARE", 1.0)
     time_now = [1000.0]
     store = Store.open(f"sqlite:///{tmp_path}/store.db", clock=lambda: time_now[0])
     suspect = submit(store)
@@ -503,6 +531,7 @@ def test_a_stopped_worker_hands_its_job_back(store):
 
 def test_a_step_that_takes_too_long_is_not_waited_for(store, monkeypatch):
     monkeypatch.setattr("trainer.worker.ASK_SECONDS", 0.0)  # so that it is asked for while its old run is still there
+    monkeypatch.setattr("trainer.worker.ASK_SHARE", 1.0)
     job, ends = submit(store), []
     worker = make_worker(store, on_step=at_step(4, lambda: worker.hand_back()), on_end=ends.append)
     worker.run_until_empty()
@@ -657,6 +686,7 @@ def test_jobs_in_one_step_end_as_they_would_alone(store):
 
 def test_new_jobs_are_admitted_between_steps(store, monkeypatch):
     monkeypatch.setattr("trainer.worker.ASK_SECONDS", 0.0)
+    monkeypatch.setattr("trainer.worker.ASK_SHARE", 1.0)
     submit(store, name="first")
     worker, together = watched(store, at_step(4, lambda: submit(store, name="late")))
     assert worker.run_until_empty() == 2
@@ -743,6 +773,7 @@ def cost(**options) -> int:
 
 def test_memory_bounds_who_shares_a_step_and_nobody_is_passed_for_ever(store, monkeypatch):
     monkeypatch.setattr("trainer.worker.ASK_SECONDS", 0.0)
+    monkeypatch.setattr("trainer.worker.ASK_SHARE", 1.0)
     for name, options in {"a": {}, "b": {"steps": 15}, "big": {"batch_size": 8}, "d": {}}.items():
         submit(store, name=name, **options)
     worker, together = watched(store, memory_bytes=2 * cost())
@@ -754,6 +785,7 @@ def test_memory_bounds_who_shares_a_step_and_nobody_is_passed_for_ever(store, mo
 
 def test_in_a_full_worker_who_has_several_makes_way_for_who_has_none(store, monkeypatch):
     monkeypatch.setattr("trainer.worker.ASK_SECONDS", 0.0)
+    monkeypatch.setattr("trainer.worker.ASK_SHARE", 1.0)
     submit(store, name="whole", steps=60)
     make_worker(store).run_until_empty()
     for name in ("a", "b"):
@@ -784,6 +816,7 @@ def turns(store: Store, also: Callable[[], object], lines: list[str]) -> list[tu
 
 def test_a_tenants_only_job_makes_way_once_it_has_had_its_turn_and_turns_alternate(store, monkeypatch):
     monkeypatch.setattr("trainer.worker.ASK_SECONDS", 0.0)
+    monkeypatch.setattr("trainer.worker.ASK_SHARE", 1.0)
     submit(store, name="whole", steps=20)
     make_worker(store).run_until_empty()
     submit(store, name="first", steps=20)
@@ -812,6 +845,7 @@ def of_who_trains_elsewhere(store: Store) -> None:
 @pytest.mark.parametrize("wait", [lambda store: None, several_of_mine, for_another_model, of_who_trains_elsewhere])
 def test_nobody_makes_way_for_nobody(store, monkeypatch, wait):
     monkeypatch.setattr("trainer.worker.ASK_SECONDS", 0.0)
+    monkeypatch.setattr("trainer.worker.ASK_SHARE", 1.0)
     submit(store, name="first", steps=20)
     lines: list[str] = []
     found = turns(store, at_step(1, lambda: wait(store)), lines)
@@ -824,6 +858,7 @@ def test_a_job_that_cannot_be_saved_makes_no_way_for_it_would_lose_all(store, mo
         raise PayloadTooLarge("at most 256 MB")
 
     monkeypatch.setattr("trainer.worker.ASK_SECONDS", 0.0)
+    monkeypatch.setattr("trainer.worker.ASK_SHARE", 1.0)
     monkeypatch.setattr(store.jobs, "save_checkpoint", refuse)
     submit(store, name="first", steps=20)
     late = at_step(1, lambda: store.jobs.submit("other", "late", EXAMPLES, QUICK))
@@ -834,6 +869,7 @@ def test_a_job_that_cannot_be_saved_makes_no_way_for_it_would_lose_all(store, mo
 def test_a_large_job_that_begins_keeps_nobody_waiting(store, monkeypatch, share):
     """On a clock that only steps (100 ms) and lines that are encoded (1 ms) move; with a share of all, it shows."""
     monkeypatch.setattr("trainer.worker.ASK_SECONDS", 0.0)
+    monkeypatch.setattr("trainer.worker.ASK_SHARE", 1.0)
     monkeypatch.setattr("trainer.worker.SHARE", share)
     time_now, steps, encode = [0.0], [], ExampleEncoder.encode
     submit(store, name="small", steps=80)
@@ -908,6 +944,7 @@ def scarce(monkeypatch, most: int) -> list[int]:
 
 def test_jobs_that_run_out_of_memory_together_do_not_try_again(store, monkeypatch):
     monkeypatch.setattr("trainer.worker.ASK_SECONDS", 0.0)
+    monkeypatch.setattr("trainer.worker.ASK_SHARE", 1.0)
     for name in "abcd":
         submit(store, name=name)
     asked = scarce(monkeypatch, 2)
@@ -986,6 +1023,7 @@ def test_one_that_fails_is_alone_in_it(store):
 
 def test_what_was_with_a_dead_worker_is_tried_alone_until_it_gets_on(tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.worker.ASK_SECONDS", 0.0)
+    monkeypatch.setattr("trainer.worker.ASK_SHARE", 1.0)
     time_now = [1000.0]
     store = Store.open(f"sqlite:///{tmp_path}/store.db", clock=lambda: time_now[0])
     suspect = submit(store, name="suspect")
