@@ -24,7 +24,7 @@ CLIENTS, TOKENS = 200, 24
 TIE = 1e-4
 # Of two tenants that ask for all they can get, one ten times as much: each has this share of the tokens at least.
 LEAST_SHARE = 0.4
-CROWD, FEW, FAIR_SECONDS = 80, 8, 6.0
+CROWD, FEW, FAIR_SECONDS = 80, 8, 4.0
 
 
 @dataclass(frozen=True)

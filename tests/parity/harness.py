@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -28,11 +29,18 @@ TOLERANCE = 5e-5
 
 # The families that the fast tests run; all the others are slow.
 SAMPLE = ("gpt2", "llama")
+# Those of tests that take seconds of each, unless `ANTEFIX_EVERY_FAMILY=1` asks for every one.
+FEW = (*SAMPLE, "opt", "gemma3_text", "bart", "t5")
 
 
 def sampled(families: Iterable[str]) -> list[ParameterSet]:
     """Every family, as parameters of a test."""
     return [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow) for name in families]
+
+
+def a_few(families: Iterable[str]) -> list[str]:
+    """Those of the families that a test has time for, where it takes seconds of each."""
+    return [name for name in families if name in FEW or "ANTEFIX_EVERY_FAMILY" in os.environ]
 
 
 def backends() -> list[ParameterSet | str]:

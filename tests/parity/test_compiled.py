@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from server.engine import attention
 from server.engine.engine import Engine
 from tests.models import FAMILIES, random_memory, tiny_frozen, tiny_model
-from tests.parity.harness import TOLERANCE, alone, make_engine, memory_payload, run_mixed, sampled, worst_difference
+from tests.parity.harness import TOLERANCE, a_few, alone, make_engine, memory_payload, run_mixed, worst_difference
 from tests.parity.test_families import make_cases, payloads
 from tests.server.engine import recording
 from tests.server.engine.attention import listed
@@ -40,7 +40,8 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("family", sampled(FAMILIES))
+@pytest.mark.slow
+@pytest.mark.parametrize("family", a_few(FAMILIES))
 def test_one_graph_serves_every_step(family: str) -> None:
     served, plain = tiny_frozen(family), tiny_model(family)
     cases = make_cases(served)

@@ -51,8 +51,8 @@ OPTIONS = (
 def run(kills: int = KILLS, kinds: Sequence[str] = KINDS, steps: int = STEPS) -> dict[str, Any]:
     """So many kills on each kind of store, half of them of jobs alone."""
     with tempfile.TemporaryDirectory(prefix="antefix-") as folder:
-        calm = _undisturbed(f"sqlite:///{folder}/store.db", steps)
-    return {"kinds": {kind: _one(kind, kills, steps, calm) for kind in kinds if kind in at_hand()}, "steps": steps}
+        calm = undisturbed(f"sqlite:///{folder}/store.db", steps)
+    return {"kinds": {kind: disturbed(kind, kills, steps, calm) for kind in kinds if kind in at_hand()}, "steps": steps}
 
 
 def missed(measured: dict[str, Any]) -> list[str]:
@@ -75,7 +75,7 @@ def table(measured: dict[str, Any]) -> str:
     return "\n".join([head, "|---|---|---|---|---|---|---|---|", *rows])
 
 
-def _undisturbed(url: str, steps: int) -> dict[str, Any]:
+def undisturbed(url: str, steps: int) -> dict[str, Any]:
     """What each job comes to alone, with nothing happening to it."""
     store = Store.open(url)
     names = _submit(store, "calm", steps)
@@ -86,7 +86,7 @@ def _undisturbed(url: str, steps: int) -> dict[str, Any]:
     return found
 
 
-def _one(kind: str, kills: int, steps: int, calm: dict[str, Any]) -> dict[str, Any]:
+def disturbed(kind: str, kills: int, steps: int, calm: dict[str, Any]) -> dict[str, Any]:
     """Both sets of jobs on one store, and the frozen worker."""
     draws, begun = random.Random(kind), time.monotonic()
     wrong: list[str] = []

@@ -130,11 +130,11 @@ def request(name: str, prompt: str) -> dict[str, Any]:
     return {"prefix_id": name, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
 
 
-def files(frozen: FrozenModel, steady: int = STEADY) -> tuple[dict[str, bytes], dict[str, list[bytes]]]:
+def files(frozen: FrozenModel, steady: int, churned: int) -> tuple[dict[str, bytes], dict[str, list[bytes]]]:
     """Prefix files by name: one for each that stays, two for each that is churned."""
     stays = {f"steady-{i}": _file(frozen, i) for i in range(steady)}
     pairs = {
-        f"churned-{i}": [artefacts.native(frozen, 16, seed=10_000 + 2 * i + k) for k in (0, 1)] for i in range(CHURNED)
+        f"churned-{i}": [artefacts.native(frozen, 16, seed=10_000 + 2 * i + k) for k in (0, 1)] for i in range(churned)
     }
     return stays, pairs
 
@@ -196,10 +196,14 @@ def growth(samples: list[tuple[float, int, int]]) -> float:
 
 
 def run(
-    minutes: float = MINUTES, clients: int = CLIENTS, steady: int = STEADY, kv_slots: int = KV_SLOTS
+    minutes: float = MINUTES,
+    clients: int = CLIENTS,
+    steady: int = STEADY,
+    churned: int = CHURNED,
+    kv_slots: int = KV_SLOTS,
 ) -> dict[str, Any]:
     """Starts a server of its own, soaks it, and says what came of it."""
-    stays, pairs = files(load(), steady)
+    stays, pairs = files(load(), steady, churned)
     with tempfile.TemporaryDirectory() as folder:
         store = f"sqlite:///{folder}/store.db"
         server = Running.start(Path(folder), *SERVER, STORE=store, KV_SLOTS=str(kv_slots))

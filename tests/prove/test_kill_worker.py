@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
-from prefix_store.store import Store
+import pytest
+
 from tests.prove import kill_worker
 from tests.prove.stores import at_hand
 
+STEPS = 12
 JOB = {
     "status": "succeeded",
     "error": None,
@@ -19,11 +22,18 @@ JOB = {
 }
 
 
-def test_a_sample_of_the_kills() -> None:
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The jobs undisturbed."""
+    folder: Path = tmp_path_factory.mktemp("calm")
+    return kill_worker.undisturbed(f"sqlite:///{folder}/store.db", STEPS)
+
+
+def test_a_sample_of_the_kills(calm: dict[str, Any]) -> None:
     kind = "redis" if "redis" in at_hand() else "sqlite"  # where workers may be on several machines
-    measured = kill_worker.run(kills=2, kinds=[kind], steps=16)
+    found = kill_worker.disturbed(kind, 2, STEPS, calm)
+    measured = {"kinds": {kind: found}, "steps": STEPS}
     assert kill_worker.missed(measured) == []
-    found = measured["kinds"][kind]
     assert (found["kills"], found["jobs"], found["alone"], found["same_bytes"]) == (2, 12, 6, 6)
     assert found["late_writers"] == 6
     assert f"| {kind} | 2 | 12 |" in kill_worker.table(measured)
@@ -48,11 +58,8 @@ def test_the_judge_sees_what_is_wrong() -> None:
     assert "has other bytes" in wrong
 
 
-def test_other_data_would_show(tmp_path: Any) -> None:
+def test_other_data_would_show(calm: dict[str, Any]) -> None:
     """The control: the same jobs, each over another's data order, are far from undisturbed."""
-    store = Store.open(f"sqlite:///{tmp_path}/store.db")
-    found = kill_worker._undisturbed(f"sqlite:///{tmp_path}/store.db", 10)
-    first, last = found["0"], found["5"]  # of equal options, but for the seed
+    first, last = calm["0"], calm["5"]  # of equal options, but for the seed
     assert kill_worker.furthest(first, last) > 10 * kill_worker.CLOSE
     assert kill_worker.judge({"packed": {"packed-0": last}}, {"0": first}) != []
-    store.close()

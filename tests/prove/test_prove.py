@@ -111,7 +111,7 @@ def test_a_sample_of_texts_misses_what_is_ranked_highest():
 
 @pytest.mark.slow
 def test_a_sample_of_the_soak():
-    measured = soak.run(minutes=0.1, clients=8, steady=5, kv_slots=1024)
+    measured = soak.run(minutes=0.1, clients=8, steady=3, churned=1, kv_slots=1024)
     assert measured["wrong"] == []
     assert measured["idle_after"]
     assert measured["done"]["ask"] > 0

@@ -219,10 +219,10 @@ def test_what_nobody_chose_is_chosen_by_the_data_and_recorded(store):
 
 
 def test_a_job_shows_what_it_taught(store):
-    job = submit(store, validation=[{"prompt": "7 is", "completion": " a number"}])
+    job = submit(store, validation=[{"prompt": "7 is", "completion": " odd"}])
     make_worker(store).run_until_empty()
     (sample,) = job_report.make(store.jobs.events(TENANT, job.id, 0, 1000))["samples"]
-    assert (sample["prompt"], sample["expected"]) == ("7 is", " a number")
+    assert (sample["prompt"], sample["expected"]) == ("7 is", " odd")
 
 
 CHAT = [{"messages": [{"role": "user", "content": str(n)}, {"role": "assistant", "content": "yes"}]} for n in range(4)]

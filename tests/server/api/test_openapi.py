@@ -34,7 +34,7 @@ from tests.server import artefacts, over_http
 from tests.server.live import Live, serving
 
 FROZEN = tiny_frozen("llama")
-EXAMPLES = int(os.environ.get("ANTEFIX_FUZZ", "6"))
+EXAMPLES = int(os.environ.get("ANTEFIX_FUZZ", "4"))
 CHECKS = [
     not_a_server_error,
     status_code_conformance,

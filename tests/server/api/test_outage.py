@@ -165,6 +165,7 @@ def test_what_was_known_is_not_known_for_ever(
     assert away(anyone.generate("support"))
 
 
+@pytest.mark.parametrize("server", ["redis"], indirect=True)  # a process that is stopped is the same everywhere
 def test_while_the_store_hangs_what_is_known_is_answered_at_once_and_the_rest_refused(
     serve: Serve, store: Store, server: RedisServer, frozen: FrozenModel
 ) -> None:

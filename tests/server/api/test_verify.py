@@ -17,7 +17,7 @@ from server.engine import batch, int8_linear
 from server.engine import engine as engine_module
 from server.scheduler.plan import Load
 from tests.models import random_kv, tiny_frozen
-from tests.parity.harness import sampled
+from tests.parity.harness import a_few
 from tests.server import artefacts
 from tests.server.live import LIMITS, Live, serving
 
@@ -85,7 +85,8 @@ def test_fewer_bits_pass_with_their_own_tolerance(store, dtype):
 
 
 @pytest.mark.parametrize("window", ["slides", "always"])
-@pytest.mark.parametrize("family", sampled(["gpt2", "gemma2", "gpt_neox", "mistral", "opt", "phi3", "qwen3"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("family", a_few(["gpt2", "gemma2", "gpt_neox", "mistral", "opt", "phi3", "qwen3"]))
 def test_families_pass(store, family, window):
     with serving(store, family) as live:
         publish(live, family)

@@ -52,7 +52,10 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(texts: Path) -> PreTrainedTokenizerFast:
-    return corpus.train_tokenizer(corpus.shuffled_documents(texts, 4, seed=1), 320, 64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "RECORDS", 20)
+        patch.setattr(corpus, "ECHOES", 20)
+        return corpus.train_tokenizer(corpus.shuffled_documents(texts, 4, seed=1), 320, 64)
 
 
 @pytest.fixture(autouse=True)
