@@ -165,15 +165,15 @@ def _peft_prefix(model: Any, virtual_tokens: int, *, projection: bool) -> Any:
 def baselines(virtual_tokens: int) -> dict[str, Baseline]:
     """The paper's rivals; LoRA has as many numbers as a prefix of so many virtual tokens."""
     return {
-        "fine-tuning": Baseline(_all, (1e-4, 3e-4, 1e-3)),
-        "last layer": Baseline(partial(_top, layers=1), (3e-4, 1e-3, 3e-3)),
+        "fine-tuning": Baseline(_all, (3e-4, 1e-3, 3e-3)),
+        "last layer": Baseline(partial(_top, layers=1), (1e-3, 3e-3, 1e-2)),
         "adapters 3 %": Baseline(partial(_adapters, size=40), (1e-3, 3e-3, 1e-2)),
-        "adapters 0.1 %": Baseline(partial(_adapters, size=1), (1e-3, 3e-3, 1e-2)),
-        "LoRA": Baseline(partial(_lora, rank=virtual_tokens // 2), (1e-3, 3e-3, 1e-2)),
+        "adapters 0.1 %": Baseline(partial(_adapters, size=1), (3e-3, 1e-2, 3e-2)),
+        "LoRA": Baseline(partial(_lora, rank=virtual_tokens // 2), (3e-3, 1e-2, 3e-2)),
         "PEFT prefix": Baseline(
-            partial(_peft_prefix, virtual_tokens=virtual_tokens, projection=False), (5e-3, 2e-2, 8e-2)
+            partial(_peft_prefix, virtual_tokens=virtual_tokens, projection=False), (2e-2, 8e-2, 3e-1)
         ),
         "PEFT prefix, MLP": Baseline(
-            partial(_peft_prefix, virtual_tokens=virtual_tokens, projection=True), (3e-4, 1e-3, 3e-3)
+            partial(_peft_prefix, virtual_tokens=virtual_tokens, projection=True), (1e-3, 3e-3, 1e-2)
         ),
     }

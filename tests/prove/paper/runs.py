@@ -37,9 +37,9 @@ LONGEST = 160  # tokens of an example
 ANSWER = 80  # tokens of an answer
 VIRTUAL_TOKENS = 48
 RATES: dict[str, tuple[float, ...]] = {
-    "prefix": (0.1, 0.2, 0.4),
+    "prefix": (0.05, 0.1, 0.2),
     "prefix_mlp": (0.02, 0.05, 0.1),
-    "prompt": (0.1, 0.3, 1.0),
+    "prompt": (0.3, 1.0, 3.0),
     "prefix_plus": (0.03, 0.1, 0.3),
 }
 
