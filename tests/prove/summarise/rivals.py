@@ -29,9 +29,9 @@ def rivals(virtual_tokens: int) -> dict[str, Baseline]:
         return get_peft_model(model, config)
 
     return {
-        "fine-tuning": Baseline(_all, (1e-4, 3e-4, 1e-3)),
-        "top layer": Baseline(_top, (3e-4, 1e-3, 3e-3)),
-        "PEFT prefix": Baseline(peft_prefix, (5e-3, 2e-2, 8e-2)),
+        "fine-tuning": Baseline(_all, (3e-4, 1e-3, 3e-3)),
+        "top layer": Baseline(_top, (1e-3, 3e-3, 1e-2)),
+        "PEFT prefix": Baseline(peft_prefix, (2e-2, 8e-2, 3e-1)),
     }
 
 

@@ -35,9 +35,9 @@ VIRTUAL_TOKENS = 32
 UNTUNED, INPUT = "untuned", "the input itself"
 # What a job would ask for, and the learning rates that are tried.
 OURS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-    "prefix": ({"method": "prefix"}, (0.1, 0.2, 0.4)),
-    "prefix, decoder only": ({"method": "prefix", "stacks": (Stack.SELF,)}, (0.1, 0.2, 0.4)),
-    "prefix, encoder only": ({"method": "prefix", "stacks": (Stack.ENCODER,)}, (0.1, 0.2, 0.4)),
+    "prefix": ({"method": "prefix"}, (0.05, 0.1, 0.2)),
+    "prefix, decoder only": ({"method": "prefix", "stacks": (Stack.SELF,)}, (0.05, 0.1, 0.2)),
+    "prefix, encoder only": ({"method": "prefix", "stacks": (Stack.ENCODER,)}, (0.05, 0.1, 0.2)),
     "prefix_mlp": ({"method": "prefix_mlp"}, (0.02, 0.05, 0.1)),
 }
 
