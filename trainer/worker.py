@@ -25,9 +25,9 @@ from trainer.room import Room
 from trainer.slices import Sliced
 from trainer.step import score, step
 
-# How often a busy worker looks for more jobs; less often where that takes more than so much of the time, as it does
-# where thousands wait for other workers.
-ASK_SECONDS, ASK_SHARE = 0.5, 0.05
+# How often a busy worker looks for more jobs; less often, to a limit, where that takes more than so much of the time,
+# as it does where thousands wait for other workers.
+ASK_SECONDS, ASK_SECONDS_MOST, ASK_SHARE = 0.5, 5.0, 0.05
 # A job that begins is made ready between the steps of others, and one that is trained is published, each for so much of
 # the time that a step takes; or while nobody trains, for so many seconds before the worker looks up.
 SHARE, SLICE_SECONDS = 0.5, 0.5
@@ -78,7 +78,7 @@ class Worker:
                 try:
                     if self._turn():
                         continue
-                    wait = max(wait, (self._clock() - begun) / ASK_SHARE)
+                    wait = max(wait, min((self._clock() - begun) / ASK_SHARE, ASK_SECONDS_MOST))
                 except StoreUnavailable as error:
                     self._say(f"waiting for the store: {error.message}")
                 self._stopping.wait(wait)
@@ -168,7 +168,7 @@ class Worker:
         except StoreUnavailable:
             if not self._runs:
                 raise
-        self._ask_at = self._clock() + max(ASK_SECONDS, (self._clock() - begun) / ASK_SHARE)
+        self._ask_at = self._clock() + max(ASK_SECONDS, min((self._clock() - begun) / ASK_SHARE, ASK_SECONDS_MOST))
 
     def _make_room(self) -> None:
         """A run makes way where a tenant waits that has none: saved, so that it loses nothing but its turn."""

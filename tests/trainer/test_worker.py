@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from itertools import groupby, pairwise
+from itertools import count, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,21 @@ def test_an_idle_worker_says_once_what_waits_for_others(store, monkeypatch):
     worker = make_worker(store, say=lines.append)
     worker.run(poll_seconds=0.01)
     assert lines == [f"jobs that wait for a worker with another model or method: {count}" for count in (1, 0)]
+
+
+def test_a_store_that_is_slow_keeps_an_idle_worker_from_no_job_for_long(store, monkeypatch):
+    asked, clock = [], count(step=100.0)  # every look at it is minutes later
+
+    def look(*_: Any) -> None:
+        asked.append(time.monotonic())
+        if len(asked) == 2:
+            worker.stop()
+
+    monkeypatch.setattr(store.jobs, "claim", look)
+    monkeypatch.setattr("trainer.worker.ASK_SECONDS_MOST", 0.2)
+    worker = make_worker(store, clock=lambda: next(clock))
+    worker.run(poll_seconds=0.001)
+    assert 0.2 <= asked[1] - asked[0] < 2
 
 
 @pytest.mark.parametrize("is_busy", [False, True])
