@@ -244,7 +244,7 @@ def test_a_full_server_is_asked_again(
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Store]]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server over the bundled model, whose worker has learned each shape of example."""
     store = Store.open(f"sqlite:///{tmp_path_factory.mktemp('real')}/store.db")
     for name, lines in {"pairs": PAIRS, "chats": CHATS, "texts": TEXTS}.items():
@@ -256,21 +256,25 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Sto
     loop = loops.running(Engine(frozen, Limits(4096, 8, 256, frozen.context_length, 100)))
     app = create_app(store, frozen, loop, PrefixLoader(store.prefixes, frozen, 1 << 24))
     with over_http.serving(app) as url:
-        yield url, store
+        yield url
+
+
+@pytest.fixture
+def url(trained: str, antefix: Antefix, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of that server, which the commands then ask."""
+    monkeypatch.setenv("ANTEFIX_URL", trained)
+    return trained
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "lines"), [("pairs", PAIRS), ("chats", CHATS), ("texts", TEXTS)])
 def test_the_loss_is_the_trainers_validation_loss(
-    trained: tuple[str, Store],
+    url: str,
     antefix: Antefix,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     name: str,
     lines: list[Any],
 ) -> None:
-    url, _ = trained
-    monkeypatch.setenv("ANTEFIX_URL", url)
     (job,) = [job for job in httpx.get(f"{url}/v1/jobs").json()["data"] if job["prefix_id"] == name]
     best = httpx.get(f"{url}/v1/jobs/{job['id']}/report").json()["best"]
     data = write(tmp_path / "d", lines[3:])
@@ -282,11 +286,9 @@ def test_the_loss_is_the_trainers_validation_loss(
 
 @pytest.mark.slow
 def test_an_example_that_fills_the_context_is_read_as_training_reads_it(
-    trained: tuple[str, Store], antefix: Antefix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    url: str, antefix: Antefix, tmp_path: Path
 ) -> None:
     """What is too long as well: its beginning is cut."""
-    url, _ = trained
-    monkeypatch.setenv("ANTEFIX_URL", url)
     frozen = models.load(models.BUNDLED)
     encoder = ExampleEncoder(frozen.tokenizer, frozen.end_ids, "Hats. {prompt}")
     for prompt in ("a red hat " * 2000, "a red hat"):
@@ -300,12 +302,8 @@ def test_an_example_that_fills_the_context_is_read_as_training_reads_it(
 
 
 @pytest.mark.slow
-def test_a_finished_job_shows_answers_before_and_after(
-    trained: tuple[str, Store], antefix: Antefix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_job_shows_answers_before_and_after(url: str, antefix: Antefix, tmp_path: Path) -> None:
     """The trainer's samples are what the server says, with the prefix and without it."""
-    url, _ = trained
-    monkeypatch.setenv("ANTEFIX_URL", url)
     (job,) = [job for job in httpx.get(f"{url}/v1/jobs").json()["data"] if job["prefix_id"] == "pairs"]
     samples = httpx.get(f"{url}/v1/jobs/{job['id']}/report").json()["samples"]
     assert len(samples) == 3
